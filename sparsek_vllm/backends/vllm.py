@@ -1,0 +1,300 @@
+"""The vLLM V1 attention backend: class, metadata builder and implementation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    AttentionType,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+
+from sparsek_vllm.backends import vllm_compat
+from sparsek_vllm.core import PagedKV, varlen_attention, write_kv
+from sparsek_vllm.kv_cache import kv_views
+
+_FP8_DTYPES = {
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+
+
+class SparseKBackend(AttentionBackend):
+    """Exact attention over vLLM's paged KV cache, chosen as SPARSEK_XFORMERS."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16", *_FP8_DTYPES]
+    forward_includes_kv_cache_update = False
+
+    @staticmethod
+    def get_name() -> str:
+        return vllm_compat.BACKEND_NAME
+
+    @staticmethod
+    def get_impl_cls() -> type[SparseKImpl]:
+        return SparseKImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[SparseKMetadataBuilder]:
+        return SparseKMetadataBuilder
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        return [64, 128]
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        return [MultipleOf(16)]
+
+    @staticmethod
+    def get_kv_cache_shape(
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_size: int,
+        cache_dtype_str: str = "auto",
+    ) -> tuple[int, ...]:
+        """Logical shape of a layer's cache: K and V side by side in the last dimension."""
+        if block_size % 16:
+            raise ValueError(f"block_size must be a multiple of 16, got {block_size}")
+        return (num_blocks, num_kv_heads, block_size, 2 * head_size)
+
+    @staticmethod
+    def get_kv_cache_stride_order(include_num_layers_dimension: bool = False) -> tuple[int, ...]:
+        """Memory order of that shape, for versions in which the backend decides it."""
+        heads_first = vllm_compat.memory_order_is_heads_first()
+        if include_num_layers_dimension:
+            return (1, 2, 0, 3, 4) if heads_first else (1, 0, 3, 2, 4)
+        return (0, 1, 2, 3) if heads_first else (0, 2, 1, 3)
+
+    @classmethod
+    def supports_dtype(cls, dtype: torch.dtype) -> bool:
+        return dtype in cls._dtypes()
+
+    @classmethod
+    def _dtypes(cls) -> list[torch.dtype]:
+        # Tensor cores have no float32; the CPU reference does.
+        extra = [torch.float32] if current_platform.is_cpu() else []
+        return [*cls.supported_dtypes, *extra]
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        return attn_type == AttentionType.DECODER
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
+    def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
+        """Why this configuration cannot be served; vLLM shows the reasons and does not start."""
+        given = vllm_compat.arguments_of(super().validate_configuration, *args, **kwargs)
+        allowed = {
+            "head_size": cls.get_supported_head_sizes(),
+            "dtype": cls._dtypes(),
+            "kv_cache_dtype": cls.supported_kv_cache_dtypes,
+            "block_size": ["multiples of 16"],
+        }
+        reasons = []
+        for reason in super().validate_configuration(*args, **kwargs):
+            argument = reason.removesuffix(" not supported")
+            if argument in allowed:
+                choices = ", ".join(str(choice) for choice in allowed[argument])
+                reason = f"{argument} {given[argument]} not supported (allowed: {choices})"
+            elif argument.startswith("attention type"):
+                reason = f"{reason} (allowed: {AttentionType.DECODER.value})"
+            reasons.append(reason)
+        return reasons
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """See :meth:`SparseKImpl.forward`, which vLLM calls."""
+        return SparseKImpl.forward(*args, **kwargs)
+
+
+@dataclass
+class SparseKMetadata(AttentionMetadata):
+    """What the layers of one step share; tensors as in vLLM's CommonAttentionMetadata."""
+
+    num_actual_tokens: int
+    max_query_len: int
+    max_seq_len: int
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    slot_mapping: torch.Tensor
+    causal: bool
+
+
+class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
+    """Passes on what vLLM has prepared: no copy, no synchronisation."""
+
+    supports_update_block_table = True
+
+    def __init__(
+        self,
+        kv_cache_spec: Any,
+        layer_names: list[str],
+        vllm_config: Any,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> SparseKMetadata:
+        common = common_attn_metadata
+        assert isinstance(common.causal, bool), "per-request causality needs supports_non_causal"
+        return SparseKMetadata(
+            num_actual_tokens=common.num_actual_tokens,
+            max_query_len=common.max_query_len,
+            max_seq_len=common.max_seq_len,
+            query_start_loc=common.query_start_loc,
+            seq_lens=common.seq_lens,
+            block_table=common.block_table_tensor,
+            slot_mapping=common.slot_mapping,
+            causal=common.causal,
+        )
+
+    def update_block_table(
+        self,
+        metadata: SparseKMetadata,
+        blk_table: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> SparseKMetadata:
+        return replace(metadata, block_table=blk_table, slot_mapping=slot_mapping)
+
+
+class SparseKImpl(AttentionImpl[SparseKMetadata]):
+    """Attention of one layer."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> None:
+        name = vllm_compat.BACKEND_NAME
+        if alibi_slopes is not None:
+            raise ValueError(f"{name} does not support ALiBi (alibi_slopes)")
+        if attn_type != AttentionType.DECODER:
+            raise ValueError(f"{name} does not support attention type {attn_type}")
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        # vLLM counts the token itself; the ops count the keys before it.
+        self.window_left = -1 if sliding_window is None else sliding_window - 1
+        self.kv_cache_dtype = kv_cache_dtype
+        self.fp8_dtype = _FP8_DTYPES.get(kv_cache_dtype)
+        self.softcap = logits_soft_cap or 0.0
+        self.attn_type = attn_type
+        self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
+        if sinks is not None and sinks.shape != (num_heads,):
+            raise ValueError(
+                f"{name}: sinks must have shape [num_heads={num_heads}], got {list(sinks.shape)}"
+            )
+        self.sinks = sinks
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: SparseKMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend to the cache, which already holds this step's keys and values.
+
+        Args:
+            layer: the vLLM layer, for its fp8 scales.
+            query: ``[num_tokens, num_heads, head_size]``, padded past num_actual_tokens.
+            key: unused.
+            value: unused.
+            kv_cache: this layer's cache as vLLM lays it out.
+            attn_metadata: None while vLLM profiles memory: output is then zeroed.
+            output: like query, or ``[num_tokens, num_heads * head_size]``; written in place.
+            output_scale: must be None: quantised outputs are not announced to vLLM.
+            output_block_scale: likewise.
+
+        Returns:
+            ``output``.
+        """
+        assert output_scale is None and output_block_scale is None
+        if attn_metadata is None:
+            return output.zero_()
+        tokens = attn_metadata.num_actual_tokens
+        k, v = self._views(kv_cache)
+        quantised = self.fp8_dtype is not None
+        varlen_attention(
+            query[:tokens],
+            PagedKV(
+                k,
+                v,
+                attn_metadata.block_table,
+                attn_metadata.seq_lens,
+                layer._k_scale if quantised else None,
+                layer._v_scale if quantised else None,
+            ),
+            attn_metadata.query_start_loc,
+            causal=attn_metadata.causal,
+            window=(self.window_left, -1),
+            scale=self.scale,
+            softcap=self.softcap,
+            sinks=self.sinks,
+            max_seqlen_q=attn_metadata.max_query_len,
+            max_seqlen_k=attn_metadata.max_seq_len,
+            out=output.view(-1, self.num_heads, self.head_size)[:tokens],
+        )
+        return output
+
+    def do_kv_cache_update(
+        self,
+        layer: Any,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Write this step's keys and values; vLLM calls it before :meth:`forward`."""
+        k, v = self._views(kv_cache)
+        quantised = self.fp8_dtype is not None
+        write_kv(
+            key,
+            value,
+            k,
+            v,
+            slot_mapping,
+            layer._k_scale if quantised else None,
+            layer._v_scale if quantised else None,
+        )
+
+    def _views(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return kv_views(kv_cache, self.num_kv_heads, self.head_size, self.fp8_dtype)

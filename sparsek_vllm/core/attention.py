@@ -1,0 +1,78 @@
+"""The library's front door: attention over tensors of shape [B, H, S, D]."""
+
+from __future__ import annotations
+
+import torch
+
+from sparsek_vllm.core import kernels
+from sparsek_vllm.core.ops import check_scale, varlen_attention
+from sparsek_vllm.core.paged_kv import DenseKV
+
+HEAD_DIMS = (64, 128)
+
+
+def attention_forward(
+    Q: torch.Tensor,
+    K: torch.Tensor,
+    V: torch.Tensor,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """``softmax(Q @ K.T * scale) @ V`` for every batch entry and head.
+
+    Args:
+        Q: ``[B, H, S, D]``, float16, on a CUDA device; D is 64 or 128, the rest arbitrary.
+        K: like Q.
+        V: like Q.
+        scale: factor of the scores, by default ``1 / sqrt(D)``.
+
+    Returns:
+        ``[B, H, S, D]``, float16.
+
+    Raises:
+        ValueError: a tensor is not on CUDA, not float16, or of the wrong shape, or ``scale`` is
+            not a positive finite number.
+        RuntimeError: the GPU is older than Hopper.
+        ImportError: no kernels are built.
+    """
+    tensors = {"Q": Q, "K": K, "V": V}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.device.type != "cuda":
+            raise ValueError(f"{name} must be on a CUDA device, got {tensor.device}")
+        if tensor.device != Q.device:
+            raise ValueError(f"{name} must be on {Q.device} like Q, got {tensor.device}")
+        if tensor.dtype != torch.float16:
+            raise ValueError(f"{name} must be torch.float16, got {tensor.dtype}")
+        if tensor.ndim != 4:
+            raise ValueError(f"{name} must have shape [B, H, S, D], got {list(tensor.shape)}")
+        if tensor.shape != Q.shape:
+            raise ValueError(
+                f"{name} must have the shape of Q, {list(Q.shape)}, got {list(tensor.shape)}"
+            )
+    batch, heads, rows, head_dim = Q.shape
+    if head_dim not in HEAD_DIMS:
+        raise ValueError(
+            f"head dimension D must be {' or '.join(map(str, HEAD_DIMS))}, got {head_dim}"
+        )
+    scale = check_scale(scale, head_dim)
+    major, minor = torch.cuda.get_device_capability(Q.device)
+    if major < 9:
+        raise RuntimeError(
+            f"GPU architecture must be sm_90a or sm_100 (Hopper or Blackwell), got sm_{major}{minor}"
+        )
+    kernels.require()
+    # A batch entry is a request; its rows are packed as [B * S, H, D].
+    q, k, v = (t.transpose(1, 2).reshape(batch * rows, heads, head_dim) for t in tensors.values())
+    bounds = torch.arange(0, (batch + 1) * rows, rows or 1, dtype=torch.int32, device=Q.device)
+    out = varlen_attention(
+        q,
+        DenseKV.from_cu_seqlens(k, v, bounds),
+        bounds,
+        causal=False,
+        scale=scale,
+        max_seqlen_q=rows,
+        max_seqlen_k=rows,
+    )
+    assert isinstance(out, torch.Tensor)
+    return out.view(batch, rows, heads, head_dim).transpose(1, 2)

@@ -1,0 +1,154 @@
+"""Kernel configuration: fields, environment variables, and what each may hold."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+_ARCHS = ("90a", "100")
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "cuda_arch": _ARCHS,
+    "block_m": (64, 128, 192, 256),
+    "block_n": (32, 64, 96, 128, 160, 176, 256),
+    "num_stages": (1, 2, 3, 4, 5, 6, 7, 8),
+    "num_warps": (4, 8, 12, 16),
+}
+
+
+@dataclass
+class Config:
+    """Settings of the CUDA kernels. The CPU reference has none.
+
+    Attributes:
+        cuda_arch: architecture to compile for: ``"90a"`` (Hopper) or ``"100"`` (Blackwell).
+        auto_detect_arch: take the architecture of the GPU instead, where there is one.
+        block_m: query rows of a tile.
+        block_n: key rows of a tile.
+        num_stages: K/V tiles in flight.
+        num_warps: warps of a thread block.
+        use_fast_math: compile with ``--use_fast_math``.
+        enable_profiling: compile with ``-lineinfo``, for ncu.
+        debug_mode: check block tables and slot mappings before each op (this waits for the
+            GPU), and compile kernels with assertions.
+        persistent_kernel: one thread block for each SM, looping over tiles.
+        warp_specialized: separate warps load and compute.
+        use_tma: copy tiles with the tensor memory accelerator.
+        cutlass_path: a CUTLASS installation, for kernels that borrow from it.
+        build_dir: where compiled kernels are cached.
+
+    The default values of the tile fields leave the choice to the dispatcher.
+
+    Raises:
+        ValueError: a field has a value that no kernel can have.
+    """
+
+    cuda_arch: str = "90a"
+    auto_detect_arch: bool = True
+    block_m: int = 64
+    block_n: int = 64
+    num_stages: int = 2
+    num_warps: int = 4
+    use_fast_math: bool = True
+    enable_profiling: bool = False
+    debug_mode: bool = False
+    persistent_kernel: bool = True
+    warp_specialized: bool = True
+    use_tma: bool = True
+    cutlass_path: str | None = None
+    build_dir: str | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name in _CHOICES:
+                allowed = _CHOICES[item.name]
+                if value not in allowed or isinstance(value, bool):
+                    raise ValueError(
+                        f"Config.{item.name} must be one of {', '.join(map(repr, allowed))}, "
+                        f"got {value!r}"
+                    )
+            elif item.type == "bool":
+                if not isinstance(value, bool):
+                    raise ValueError(f"Config.{item.name} must be True or False, got {value!r}")
+            elif value is not None and not isinstance(value, (str, os.PathLike)):
+                raise ValueError(f"Config.{item.name} must be a path or None, got {value!r}")
+
+    @staticmethod
+    def from_env() -> Config:
+        """The defaults, with the ``BSK_*`` and ``CUTLASS_PATH`` variables applied.
+
+        Raises:
+            ValueError: a variable cannot be parsed.
+        """
+        arch = os.environ.get("BSK_CUDA_ARCH", "90a")
+        if arch not in _ARCHS:
+            raise ValueError(f"BSK_CUDA_ARCH must be one of {', '.join(_ARCHS)}, got {arch!r}")
+        return Config(
+            cuda_arch=arch,
+            auto_detect_arch=_flag("BSK_AUTO_DETECT", True),
+            use_fast_math=_flag("BSK_FAST_MATH", True),
+            enable_profiling=_flag("BSK_PROFILE", False),
+            debug_mode=_flag("BSK_DEBUG", False),
+            cutlass_path=os.environ.get("CUTLASS_PATH"),
+            build_dir=os.environ.get("BSK_BUILD_DIR"),
+        )
+
+    def target_arch(self) -> str:
+        """The architecture in force: the GPU's own if detection is on and it is supported."""
+        if self.auto_detect_arch:
+            from sparsek_vllm.core.build_info import compute_arch
+
+            detected = {"sm_90": "90a", "sm_100": "100", "sm_103": "100"}.get(compute_arch())
+            if detected is not None:
+                return detected
+        return self.cuda_arch
+
+    def build_path(self) -> Path:
+        """Where compiled kernels are cached."""
+        return Path(self.build_dir or "~/.cache/blackwell_sparsek/build").expanduser()
+
+
+def cuda_home() -> Path:
+    """The CUDA toolkit to look for: ``CUDA_HOME``, else its usual place."""
+    return Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda-13.0")
+
+
+def _flag(name: str, default: bool) -> bool:
+    text = os.environ.get(name, "").strip().lower()
+    if not text:
+        return default
+    if text in ("1", "true", "yes", "on"):
+        return True
+    if text in ("0", "false", "no", "off"):
+        return False
+    raise ValueError(f"{name} must be 1 or 0 (true/false, yes/no, on/off), got {text!r}")
+
+
+_default: Config | None = None
+
+
+def get_default_config() -> Config:
+    """The configuration that ops use: the one that was set, else :meth:`Config.from_env`."""
+    global _default
+    if _default is None:
+        _default = Config.from_env()
+    return _default
+
+
+def set_default_config(config: Config | None) -> None:
+    """Make ``config`` the default; None goes back to the environment.
+
+    Raises:
+        ValueError: ``config`` is no :class:`Config`.
+    """
+    if config is not None and not isinstance(config, Config):
+        raise ValueError(f"config must be a Config or None, got {type(config).__name__}")
+    global _default
+    _default = config
+
+
+def debug_enabled() -> bool:
+    """Whether ops check what costs a synchronisation to check."""
+    return get_default_config().debug_mode

@@ -1,0 +1,391 @@
+"""The op set: schemas, checks and dispatch.
+
+Each op is registered with ``torch.library`` under the namespace ``sparsek``; the CPU key runs
+:mod:`sparsek_vllm.reference`, the CUDA key the compiled kernels. The functions here check their
+arguments, allocate outputs that were not given, and count which path ran. They never fall back
+from one implementation to another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from sparsek_vllm import reference
+from sparsek_vllm.core import kernels, stats
+from sparsek_vllm.core.config import debug_enabled
+from sparsek_vllm.core.paged_kv import DenseKV, PagedKV
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+_library = torch.library.Library("sparsek", "DEF")
+_library.define(
+    "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor seq_lens, "
+    "Tensor? block_table, Tensor? k_starts, Tensor? q_offsets, Tensor? bias, Tensor? sinks, "
+    "Tensor? k_scale, Tensor? v_scale, int max_seqlen_q, int max_seqlen_k, float scale, "
+    "int window_left, int window_right, float softcap, Tensor(a!) out, Tensor(b!)? lse) -> ()"
+)
+_library.define(
+    "write_kv(Tensor key, Tensor value, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+    "Tensor slot_mapping, Tensor? k_scale, Tensor? v_scale) -> ()"
+)
+_library.define(
+    "merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, "
+    "Tensor(a!) out, Tensor(b!) lse) -> ()"
+)
+for _op in (reference.varlen_attention, reference.write_kv, reference.merge_states):
+    _library.impl(_op.__name__, _op, "CPU")
+    # All outputs are written in place, so that tracing has nothing to infer.
+    torch.library.register_fake(f"sparsek::{_op.__name__}", lambda *args: None, lib=_library)
+
+
+def varlen_attention(
+    q: torch.Tensor,
+    kv: PagedKV | DenseKV,
+    cu_seqlens_q: torch.Tensor,
+    *,
+    causal: bool = True,
+    window: tuple[int, int] = (-1, -1),
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    q_offsets: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    out: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Exact attention of packed queries over each request's own keys and values.
+
+    Query row ``i`` of a request stands at key position ``q_offset + i``, by default
+    ``q_offset = seq_len - query_len``: causal masks are aligned bottom-right, as in chunked
+    prefill and decoding. It sees key ``j`` if ``-window[0] <= j - position <= window[1]``, where
+    -1 stands for no limit and ``causal`` for ``window[1] = 0``.
+
+    Args:
+        q: ``[total_q, heads, head_dim]``; fp16, bf16, fp32 (fp64 on CPU); last dimension
+            contiguous.
+        kv: keys and values; ``heads`` must be a multiple of their ``kv_heads``.
+        cu_seqlens_q: ``[batch + 1]`` int32, prefix sums of the query lengths. Rows of ``q``
+            past ``cu_seqlens_q[-1]`` (padding) are neither read nor written.
+        causal: no row sees a key after its own position.
+        window: keys that a row sees before and after its own position.
+        scale: factor of the scores, by default ``1 / sqrt(head_dim)``.
+        softcap: if positive, scores become ``softcap * tanh(score / softcap)``.
+        sinks: ``[heads]``, a logit for each head that takes part in the softmax and adds
+            nothing to the output (attention sinks, https://arxiv.org/abs/2309.17453, in the
+            learned form of gpt-oss). It counts in the LSE.
+        bias: ``[batch, heads, max_q, max_k]``, added to the scores after scale and softcap;
+            any strides, so that broadcast dimensions can be expanded views.
+        q_offsets: ``[batch]`` int32, position of each request's first query row.
+        max_seqlen_q: longest query length. Not given, it is read from ``cu_seqlens_q``, which
+            waits for the GPU.
+        max_seqlen_k: largest of ``seq_lens``, likewise.
+        out: like ``q``, to write the result into.
+        lse: ``[heads, total_q]`` float32, to write the log-sum-exp into.
+        return_lse: also return the natural log-sum-exp of the masked scores.
+
+    Returns:
+        ``out``, or ``(out, lse)``. A row that sees no key gets output 0 and LSE -inf (the sink,
+        if there is one).
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device, strides or value.
+        ImportError: CUDA tensors, and no kernels are built.
+    """
+    heads, head_dim = _check_attention(q, kv, cu_seqlens_q, window, softcap)
+    batch = cu_seqlens_q.shape[0] - 1
+    _check_optional("sinks", sinks, (heads,), q.device)
+    _check_optional("q_offsets", q_offsets, (batch,), q.device)
+    if bias is not None and (bias.ndim != 4 or bias.shape[:2] != (batch, heads)):
+        raise ValueError(
+            f"bias must have shape [batch={batch}, heads={heads}, max_q, max_k], "
+            f"got {list(bias.shape)}"
+        )
+    scale = check_scale(scale, head_dim)
+    left, right = window
+    if causal:
+        right = 0
+    if max_seqlen_q is None:
+        max_seqlen_q = int(cu_seqlens_q.diff().max()) if batch else 0
+    if max_seqlen_k is None:
+        max_seqlen_k = int(kv.seq_lens.max()) if batch else 0
+    if out is None:
+        out = torch.empty_like(q)
+    elif out.shape != q.shape or out.dtype != q.dtype:
+        raise ValueError(
+            f"out must be like q, {list(q.shape)} {q.dtype}, got {list(out.shape)} {out.dtype}"
+        )
+    if lse is None and return_lse:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        lse = torch.empty(heads, q.shape[0], dtype=wide, device=q.device)
+    _check_optional("lse", lse, (heads, q.shape[0]), q.device)
+    paged = kv if isinstance(kv, PagedKV) else None
+    if debug_enabled() and paged is not None:
+        _check_block_table(paged)
+    path = kernels.path_for(q.device)
+    torch.ops.sparsek.varlen_attention(
+        q,
+        kv.k,
+        kv.v,
+        cu_seqlens_q,
+        kv.seq_lens,
+        paged.block_table if paged else None,
+        None if paged else kv.starts,  # type: ignore[union-attr]
+        q_offsets,
+        bias,
+        sinks,
+        paged.k_scale if paged else None,
+        paged.v_scale if paged else None,
+        max_seqlen_q,
+        max_seqlen_k,
+        scale,
+        left,
+        right,
+        softcap,
+        out,
+        lse,
+    )
+    stats.record("varlen_attention", path, q.shape[0])
+    if return_lse:
+        assert lse is not None
+        return out, lse
+    return out
+
+
+def write_kv(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+) -> None:
+    """Write new keys and values into a paged cache.
+
+    Token ``t`` goes to slot ``slot_mapping[t] = block * block_size + position in block``; slots
+    of -1 are skipped. Rows of ``key`` past the length of ``slot_mapping`` are padding. An fp8
+    cache takes ``key / k_scale``, saturated.
+
+    Args:
+        key: ``[tokens, kv_heads, head_dim]``.
+        value: like ``key``.
+        k_cache: ``[num_blocks, block_size, kv_heads, head_dim]``, any strides with the last
+            dimension contiguous.
+        v_cache: like ``k_cache``.
+        slot_mapping: ``[<= tokens]``, int64 or int32.
+        k_scale: optional float32 tensor with 1 or ``kv_heads`` elements.
+        v_scale: likewise.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device or strides.
+        ImportError: CUDA tensors, and no kernels are built.
+    """
+    _check_same("value", value, "key", key)
+    _check_same("v_cache", v_cache, "k_cache", k_cache)
+    if key.ndim != 3:
+        raise ValueError(f"key must have shape [tokens, kv_heads, head_dim], got {list(key.shape)}")
+    if k_cache.ndim != 4 or k_cache.shape[2:] != key.shape[1:]:
+        raise ValueError(
+            f"k_cache must have shape [num_blocks, block_size, kv_heads={key.shape[1]}, "
+            f"head_dim={key.shape[2]}], got {list(k_cache.shape)}"
+        )
+    for name, tensor in (
+        ("key", key),
+        ("value", value),
+        ("k_cache", k_cache),
+        ("v_cache", v_cache),
+    ):
+        _check_last_stride(name, tensor)
+    if slot_mapping.ndim != 1 or slot_mapping.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            "slot_mapping must be one-dimensional, int64 or int32, "
+            f"got {list(slot_mapping.shape)} {slot_mapping.dtype}"
+        )
+    if slot_mapping.shape[0] > key.shape[0]:
+        raise ValueError(
+            f"slot_mapping must have at most one slot for each of the {key.shape[0]} rows of key, "
+            f"got {slot_mapping.shape[0]}"
+        )
+    if debug_enabled() and slot_mapping.numel():
+        slots = k_cache.shape[0] * k_cache.shape[1]
+        if int(slot_mapping.max()) >= slots:
+            raise ValueError(
+                f"slot_mapping must be below the {slots} slots of the cache, "
+                f"got {int(slot_mapping.max())}"
+            )
+    path = kernels.path_for(key.device)
+    torch.ops.sparsek.write_kv(key, value, k_cache, v_cache, slot_mapping, k_scale, v_scale)
+    stats.record("write_kv", path, slot_mapping.shape[0])
+
+
+def merge_states(
+    out_a: torch.Tensor,
+    lse_a: torch.Tensor,
+    out_b: torch.Tensor,
+    lse_b: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over the union of two disjoint sets of keys, from the attention over each.
+
+    Source: the rescaling of online softmax, https://arxiv.org/abs/1805.02867.
+
+    Args:
+        out_a: ``[tokens, heads, head_dim]``.
+        lse_a: ``[heads, tokens]`` float32; -inf where a row saw no key.
+        out_b: like ``out_a``.
+        lse_b: like ``lse_a``.
+
+    Returns:
+        ``(out, lse)``, with 0 and -inf where neither part saw a key.
+
+    Raises:
+        ValueError: shapes, dtypes or devices differ.
+        ImportError: CUDA tensors, and no kernels are built.
+    """
+    _check_same("out_b", out_b, "out_a", out_a)
+    _check_same("lse_b", lse_b, "lse_a", lse_a)
+    if out_a.ndim != 3:
+        raise ValueError(
+            f"out_a must have shape [tokens, heads, head_dim], got {list(out_a.shape)}"
+        )
+    _check_optional("lse_a", lse_a, (out_a.shape[1], out_a.shape[0]), out_a.device)
+    path = kernels.path_for(out_a.device)
+    out, lse = torch.empty_like(out_a), torch.empty_like(lse_a)
+    torch.ops.sparsek.merge_states(out_a, lse_a, out_b, lse_b, out, lse)
+    stats.record("merge_states", path, out_a.shape[0])
+    return out, lse
+
+
+def check_scale(scale: float | None, head_dim: int) -> float:
+    """``scale``, or its default; ValueError where it is not a positive finite number."""
+    if scale is None:
+        return 1.0 / math.sqrt(head_dim)
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale must be a positive finite number, got {scale}")
+    return float(scale)
+
+
+def _check_attention(
+    q: torch.Tensor,
+    kv: PagedKV | DenseKV,
+    cu_seqlens_q: torch.Tensor,
+    window: tuple[int, int],
+    softcap: float,
+) -> tuple[int, int]:
+    if q.ndim != 3:
+        raise ValueError(f"q must have shape [total_q, heads, head_dim], got {list(q.shape)}")
+    _, heads, head_dim = q.shape
+    if q.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"q must be one of {_names(FLOAT_DTYPES)}, got {q.dtype}")
+    paged = isinstance(kv, PagedKV)
+    k = kv.k
+    layout = (
+        "[num_blocks, block_size, kv_heads, head_dim]" if paged else "[total_k, kv_heads, head_dim]"
+    )
+    if k.ndim != (4 if paged else 3) or k.shape[-1] != head_dim:
+        raise ValueError(
+            f"k must have shape {layout} with head_dim {head_dim}, got {list(k.shape)}"
+        )
+    _check_same("v", kv.v, "k", k)
+    if k.dtype != q.dtype and not (paged and k.dtype in FP8_DTYPES):
+        allowed = _names((q.dtype, *FP8_DTYPES)) if paged else str(q.dtype)
+        raise ValueError(f"k must be {allowed}, as q is {q.dtype}, got {k.dtype}")
+    if k.shape[-2] == 0 or heads % k.shape[-2]:
+        raise ValueError(
+            f"heads of q must be a multiple of kv_heads, got {heads} and {k.shape[-2]}"
+        )
+    for name, tensor in (("q", q), ("k", k), ("v", kv.v)):
+        _check_last_stride(name, tensor)
+    if cu_seqlens_q.ndim != 1 or cu_seqlens_q.shape[0] < 1:
+        raise ValueError(
+            f"cu_seqlens_q must have shape [batch + 1], got {list(cu_seqlens_q.shape)}"
+        )
+    batch = cu_seqlens_q.shape[0] - 1
+    if isinstance(kv, PagedKV):
+        table = kv.block_table
+        if table.ndim != 2 or table.shape[0] != batch:
+            raise ValueError(
+                f"block_table must have shape [batch={batch}, max_blocks], got {list(table.shape)}"
+            )
+        where = ("block_table", table)
+        for name, scale in (("k_scale", kv.k_scale), ("v_scale", kv.v_scale)):
+            if scale is not None and scale.numel() not in (1, k.shape[-2]):
+                raise ValueError(
+                    f"{name} must have 1 or kv_heads={k.shape[-2]} elements, got {scale.numel()}"
+                )
+    else:
+        _check_optional("starts", kv.starts, (batch,), q.device)
+        where = ("starts", kv.starts)
+    _check_optional("seq_lens", kv.seq_lens, (batch,), q.device)
+    indices = (("cu_seqlens_q", cu_seqlens_q), ("seq_lens", kv.seq_lens), where)
+    for name, tensor in (*indices, ("k", k)):
+        if tensor.device != q.device:
+            raise ValueError(f"{name} must be on {q.device} like q, got {tensor.device}")
+    for name, tensor in indices:
+        if tensor.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"{name} must be int32 (or int64 on CPU), got {tensor.dtype}")
+    if len(window) != 2 or any(side < -1 for side in window):
+        raise ValueError(
+            f"window must be (left, right), each -1 for no limit or at least 0, got {window}"
+        )
+    if not (math.isfinite(softcap) and softcap >= 0):
+        raise ValueError(f"softcap must be 0 (off) or a positive finite number, got {softcap}")
+    return heads, head_dim
+
+
+def _check_same(name: str, tensor: torch.Tensor, like_name: str, like: torch.Tensor) -> None:
+    for what in ("shape", "dtype", "device"):
+        have, want = getattr(tensor, what), getattr(like, what)
+        if have != want:
+            raise ValueError(
+                f"{name} must have the {what} of {like_name}, {_plain(want)}, got {_plain(have)}"
+            )
+
+
+def _check_optional(
+    name: str, tensor: torch.Tensor | None, shape: Sequence[int], device: torch.device
+) -> None:
+    if tensor is None:
+        return
+    if tensor.shape != tuple(shape):
+        raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device}, got {tensor.device}")
+
+
+def _check_last_stride(name: str, tensor: torch.Tensor) -> None:
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(
+            f"{name} must be contiguous in its last dimension, got strides {list(tensor.stride())}"
+        )
+
+
+def _check_block_table(kv: PagedKV) -> None:
+    """Debug mode: every page that a request may read exists."""
+    pages = -(-kv.seq_lens.long() // kv.block_size)
+    width = kv.block_table.shape[1]
+    if int(pages.max()) > width:
+        raise ValueError(
+            f"seq_lens must fit the {width} blocks of block_table, got {int(kv.seq_lens.max())}"
+        )
+    used = torch.arange(width, device=pages.device) < pages.unsqueeze(-1)
+    ids = kv.block_table[used]
+    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= kv.k.shape[0]):
+        raise ValueError(
+            f"block_table must hold block ids from 0 to {kv.k.shape[0] - 1}, "
+            f"got {int(ids.min())} to {int(ids.max())}"
+        )
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(dtype) for dtype in dtypes)
+
+
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, torch.Size) else value
