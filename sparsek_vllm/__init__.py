@@ -3,7 +3,8 @@
 Importing this package needs neither vLLM, xFormers nor compiled kernels.
 """
 
+from sparsek_vllm import core, utils
 from sparsek_vllm._version import __version__
 from sparsek_vllm.core.attention import attention_forward
 
-__all__ = ["__version__", "attention_forward"]
+__all__ = ["__version__", "attention_forward", "core", "utils"]

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from wheels import wheel_sources
 from xformers.ops import fmha
 from xformers.ops.common import OPERATORS_REGISTRY
 from xformers.ops.fmha import attn_bias as ab
-from xformers_env import packages_without, run_python, wheel_sources
+from xformers_env import packages_without, run_python
 
 from sparsek_vllm.backends import xformers as ours
 from sparsek_vllm.backends.xformers import (

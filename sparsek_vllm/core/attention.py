@@ -59,12 +59,13 @@ def attention_forward(
     major, minor = torch.cuda.get_device_capability(Q.device)
     if major < 9:
         raise RuntimeError(
-            f"GPU architecture must be sm_90a or sm_100 (Hopper or Blackwell), got sm_{major}{minor}"
+            "GPU architecture must be sm_90a or sm_100 (Hopper or Blackwell), "
+            f"got sm_{major}{minor}"
         )
     kernels.require()
     # A batch entry is a request; its rows are packed as [B * S, H, D].
     q, k, v = (t.transpose(1, 2).reshape(batch * rows, heads, head_dim) for t in tensors.values())
-    bounds = torch.arange(0, (batch + 1) * rows, rows or 1, dtype=torch.int32, device=Q.device)
+    bounds = torch.arange(batch + 1, dtype=torch.int32, device=Q.device) * rows
     out = varlen_attention(
         q,
         DenseKV.from_cu_seqlens(k, v, bounds),

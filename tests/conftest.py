@@ -1,0 +1,60 @@
+"""Settings and fixtures that all tests share."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# For the processes that tests start too.
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+STATS = "sparsek_vllm.backends.vllm_worker.StatsExtension"
+
+
+@pytest.fixture(scope="session")
+def model() -> Path:
+    """The demo model's folder."""
+    from sparsek_vllm.demo_model import demo_model_path
+
+    return demo_model_path(progress=False)
+
+
+@contextlib.contextmanager
+def running_engine(model: Path | str, **arguments: Any) -> Iterator[Any]:
+    """An ``LLM`` whose processes end with the context."""
+    from vllm import LLM
+
+    settings: dict[str, Any] = {
+        "enforce_eager": True,
+        "worker_extension_cls": STATS,
+        "disable_log_stats": False,
+        "seed": 0,
+    }
+    llm = LLM(str(model), **{**settings, **arguments})
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+@pytest.fixture(scope="session")
+def engines() -> Iterator[Callable[..., Any]]:
+    """``engines(model, **arguments)`` gives a running LLM, the same for the same arguments."""
+    with contextlib.ExitStack() as stack:
+        running: dict[str, Any] = {}
+
+        def get(model: Path | str, **arguments: Any) -> Any:
+            key = repr((str(model), sorted(arguments.items())))
+            if key not in running:
+                running[key] = stack.enter_context(running_engine(model, **arguments))
+            return running[key]
+
+        yield get
