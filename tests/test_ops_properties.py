@@ -32,7 +32,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 PAGE_SIZES = (1, 2, 16, 17, 32, 64, 128, 256)
 LAYOUTS = ("nhd", "hnd", "padded", "odd_ones", "packed_nhd", "packed_hnd", "two_plane")
-OUT_TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+OUT_TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 # The LSE is float32 whatever the inputs are: these are sums of exact products.
 LSE_TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-4, torch.bfloat16: 1e-4}
 GARBAGE = (2**30, -7)
@@ -111,18 +111,19 @@ def cases(draw, dtypes=FLOATS, offsets=False) -> Case:
     lengths = tuple(draw(st.lists(st.tuples(rows, keys), min_size=1, max_size=5)))
     side = st.sampled_from([-1, -1, 0, 1, 3, 15, 16, 17, 63, 64, 100])
     starts = st.tuples(*(st.integers(-20, keys + 20) for _, keys in lengths))
+    head_dim = draw(st.sampled_from([64, 128, 64, 128, 32, 80, 256]))
     return Case(
         lengths=lengths,
         kv_heads=draw(st.sampled_from([1, 2, 3])),
         group=draw(st.sampled_from([1, 2, 3, 8])),
-        head_dim=draw(st.sampled_from([64, 128, 64, 128, 32, 80, 256])),
+        head_dim=head_dim,
         dtype=draw(st.sampled_from(dtypes)),
         block=block,
         layout=draw(st.sampled_from(LAYOUTS)),
         seed=draw(st.integers(0, 2**16)),
         causal=draw(st.booleans()),
         window=draw(st.tuples(side, side)),
-        scale=draw(st.sampled_from([None, None, 0.05, 0.3])),
+        scale=draw(st.sampled_from([None, None, 0.4 * head_dim**-0.5, 2 * head_dim**-0.5])),
         softcap=draw(st.sampled_from([0.0, 0.0, 1.5, 20.0])),
         sinks=draw(st.booleans()),
         offsets=draw(starts) if offsets else None,
@@ -282,7 +283,7 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) 
     torch.testing.assert_close(actual.double().cpu(), expected, rtol=tolerance, atol=tolerance)
 
 
-def check(inputs: Inputs, kv: PagedKV | DenseKV, k=None, v=None, lse_tolerance=None) -> None:
+def check(inputs: Inputs, kv: PagedKV | DenseKV, k=None, v=None) -> None:
     """One call into poisoned buffers against the oracle, which sees ``k`` and ``v``."""
     case, total = inputs.case, inputs.bounds[-1]
     shape = (inputs.q.shape[0], case.heads + 1, case.head_dim + 16)
@@ -294,7 +295,7 @@ def check(inputs: Inputs, kv: PagedKV | DenseKV, k=None, v=None, lse_tolerance=N
     assert results[0] is out and results[1] is lse
     expected, expected_lse = inputs.expected(k or inputs.k, v or inputs.v)
     assert_near(out[:total], expected, OUT_TOLERANCE[case.dtype])
-    assert_near(lse[:, :total], expected_lse, lse_tolerance or LSE_TOLERANCE[case.dtype])
+    assert_near(lse[:, :total], expected_lse, LSE_TOLERANCE[case.dtype])
     assert lse[:, total:].isnan().all() and out[total:].isnan().all()
     assert buffer[:, -1].isnan().all() and buffer[..., -16:].isnan().all()
 
@@ -302,28 +303,28 @@ def check(inputs: Inputs, kv: PagedKV | DenseKV, k=None, v=None, lse_tolerance=N
 # varlen_attention
 
 
-@examples(180)
+@examples(300)
 @given(case=cases())
 def test_paged(case, device):
     inputs = Inputs(case, device)
     check(inputs, inputs.paged())
 
 
-@examples(80)
+@examples(150)
 @given(case=cases())
 def test_dense(case, device):
     inputs = Inputs(case, device)
     check(inputs, inputs.dense())
 
 
-@examples(60)
+@examples(200)
 @given(case=cases(offsets=True), paged=st.booleans())
 def test_q_offsets(case, paged, device):
     inputs = Inputs(case, device)
     check(inputs, inputs.paged() if paged else inputs.dense())
 
 
-@examples(100)
+@examples(300)
 @given(
     case=cases(),
     paged=st.booleans(),
@@ -346,7 +347,7 @@ def test_bias(case, paged, expanded, masked, slack, device):
     check(inputs, inputs.paged() if paged else inputs.dense())
 
 
-@examples(80)
+@examples(150)
 @given(
     case=cases(),
     fp8=st.sampled_from(FP8),
@@ -358,17 +359,19 @@ def test_fp8_cache(case, fp8, per_head, given_scales, device):
     scales, wide = [], []
     for name, by_head, is_given in zip("kv", per_head, given_scales, strict=True):
         shape = (case.kv_heads if by_head else 1,)
-        scale = torch.rand(shape, generator=inputs.random) + 0.05 if is_given else torch.ones(shape)
+        # Powers of two, so that a dequantised element is exact in the dtype of q; any in float32.
+        scale = torch.exp2(torch.randint(-4, 2, shape, generator=inputs.random).float())
+        scale *= 1.1 if case.dtype == torch.float32 else 1.0
+        scale = scale if is_given else torch.ones(shape)
         tokens = [(t.float() / scale[:, None]).to(fp8) for t in getattr(inputs, name)]
         setattr(inputs, name, tokens)
         wide.append([t.double() * scale.double()[:, None] for t in tokens])
         scales.append(scale.to(device) if is_given else None)
     kv = replace(inputs.paged(), k_scale=scales[0], v_scale=scales[1])
-    # A dequantised key may be rounded to the dtype of q once more.
-    check(inputs, kv, *wide, lse_tolerance=OUT_TOLERANCE[case.dtype])
+    check(inputs, kv, *wide)
 
 
-@examples(40)
+@examples(100)
 @given(case=cases())
 def test_two_calls_agree_bit_for_bit(case, device):
     inputs = Inputs(case, device)
@@ -380,7 +383,7 @@ def test_two_calls_agree_bit_for_bit(case, device):
     assert_same_bits(first[1][:, :total], second[1][:, :total])
 
 
-@examples(40)
+@examples(100)
 @given(case=cases(dtypes=[torch.float32]), paged=st.booleans(), data=st.data())
 def test_request_is_the_same_alone_and_in_a_batch(case, paged, data, device):
     b = data.draw(st.integers(0, len(case.lengths) - 1))
@@ -400,7 +403,7 @@ def test_request_is_the_same_alone_and_in_a_batch(case, paged, data, device):
     assert_same_bits(lse_alone, lse[:, rows].contiguous())
 
 
-@examples(20)
+@examples(60)
 @given(case=cases())
 def test_returns_and_given_maxima(case, device):
     """The same result without LSE, with an LSE buffer only, and with the lengths told."""
@@ -444,7 +447,7 @@ def test_from_cu_seqlens(device):
 # write_kv
 
 
-@examples(100)
+@examples(300)
 @given(
     data=st.data(),
     source=st.sampled_from(FLOATS),
@@ -560,7 +563,7 @@ def test_write_then_attend(fp8, device):
 # merge_states
 
 
-@examples(60)
+@examples(200)
 @given(case=cases(), data=st.data())
 def test_merge_of_split_keys_is_the_whole(case, data, device):
     case = replace(case, padding=0)
@@ -592,7 +595,7 @@ def test_merge_of_split_keys_is_the_whole(case, data, device):
     assert_near(swapped[0], out.double().cpu(), OUT_TOLERANCE[case.dtype])
 
 
-@examples(60)
+@examples(200)
 @given(
     tokens=st.integers(0, 20),
     heads=st.integers(1, 5),

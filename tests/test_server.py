@@ -1,0 +1,141 @@
+"""The OpenAI-compatible server with our backend, asked by many clients at once."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsek_vllm.demo import SERVED_NAME, DemoError, Server
+
+FP32 = ("--dtype", "float32", "--max-model-len", "2048")
+TOPICS = (
+    "rain", "bread", "the moon", "a lighthouse", "chess", "bees", "Norway", "copper",
+    "tea", "violins", "glaciers", "maps", "onions", "trains", "salt", "owls",
+)  # fmt: skip
+
+
+class Serve(Server):
+    """The same through the command ``vllm serve``."""
+
+    def __init__(self, model: Path, **settings: Any) -> None:
+        super().__init__(model, **settings)
+        vllm = Path(sys.executable).with_name("vllm")
+        self.command[:5] = [str(vllm), "serve", str(model)]
+
+
+@pytest.fixture(scope="module")
+def server(model: Path) -> Iterator[Server]:
+    os.environ["VLLM_LOGGING_LEVEL"] = "INFO"
+    with Serve(model, arguments=FP32) as running:
+        yield running
+    os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
+
+
+def client(server: Server) -> Any:
+    from openai import AsyncOpenAI
+
+    return AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
+
+
+async def chat(api: Any, topic: str) -> str:
+    stream = await api.chat.completions.create(
+        model=SERVED_NAME,
+        messages=[{"role": "user", "content": f"Tell me about {topic}."}],
+        temperature=0,
+        max_tokens=20,
+        stream=True,
+    )
+    return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+
+async def complete(api: Any, topic: str) -> str:
+    stream = await api.completions.create(
+        model=SERVED_NAME,
+        prompt=f"Here is what everyone should know about {topic}: ",
+        temperature=0,
+        max_tokens=20,
+        stream=True,
+    )
+    return "".join([chunk.choices[0].text async for chunk in stream])
+
+
+async def give_up(api: Any, topic: str) -> None:
+    """Reads two chunks of a long answer and closes the connection."""
+    stream = await api.completions.create(
+        model=SERVED_NAME, prompt=f"All about {topic}:", max_tokens=500, stream=True
+    )
+    seen = 0
+    async for _ in stream:
+        seen += 1
+        if seen == 2:
+            break
+    await stream.close()
+
+
+def test_the_log_says_which_backend_runs(server: Server) -> None:
+    assert "vllm" in server.command[0]
+    assert "Using SPARSEK_XFORMERS backend (CPU reference path)." in server.log.read_text()
+
+
+def test_thirty_two_parallel_clients(server: Server) -> None:
+    """Nothing is lost, and each answer is the one given to a client that is alone."""
+
+    async def one_by_one() -> list[str]:
+        async with client(server) as api:
+            return [await ask(api, topic) for topic in TOPICS for ask in (chat, complete)]
+
+    async def together() -> list[Any]:
+        async with client(server) as api:
+            asked = [ask(api, topic) for topic in TOPICS for ask in (chat, complete)]
+            left = [give_up(api, topic) for topic in TOPICS[:6]]
+            return await asyncio.gather(*asked, *left, return_exceptions=True)
+
+    alone = asyncio.run(one_by_one())
+    assert len(alone) == 32 and all(alone)
+    answers = asyncio.run(together())
+    assert answers[:32] == alone
+    assert answers[32:] == [None] * 6
+    counts = server.path_counts()
+    assert counts["varlen_attention:reference"]["tokens"] > 0
+
+
+def test_killed_and_started_again(server: Server, model: Path) -> None:
+    async def capital(running: Server) -> str:
+        async with client(running) as api:
+            answer = await api.chat.completions.create(
+                model=SERVED_NAME,
+                messages=[{"role": "user", "content": "What is the capital of France?"}],
+                temperature=0,
+                max_tokens=16,
+            )
+            return str(answer.choices[0].message.content)
+
+    before = asyncio.run(capital(server))
+    assert before == "The capital of France is Paris."
+    server.stop(signal.SIGKILL)
+    assert server.process.poll() is not None
+    # On the same port, by the other command.
+    with Server(model, port=server.port, arguments=FP32) as again:
+        assert again.command[2] == "vllm.entrypoints.openai.api_server"
+        assert asyncio.run(capital(again)) == before
+
+
+def test_port_in_use(model: Path) -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(DemoError) as error:
+            Server(model, port=port)
+    assert str(error.value) == (
+        f"port {port} is in use: stop what listens there or pass another --port"
+    )
