@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from sparsek_vllm.backends.vllm_compat import BACKEND_NAME
+from sparsek_vllm.backends.vllm_compat import BACKEND_NAME, is_cpu_build
 from sparsek_vllm.demo_model import cache_root, demo_model_path
 
 SERVED_NAME = "demo"
@@ -37,7 +37,9 @@ def run(ask: str, keep: bool, model: str | None, port: int, timeout: int) -> Non
     folder = Path(model) if model else demo_model_path()
     print(f"Starting vLLM with --attention-backend {BACKEND_NAME} ...", flush=True)
     started = time.perf_counter()
-    with Server(folder, port, timeout) as server:
+    # fp32 where attention has it: rounding to bf16 can turn a near tie between two first words.
+    dtype = "float32" if is_cpu_build() else "float16"
+    with Server(folder, port, timeout, ("--dtype", dtype)) as server:
         print(f"Ready after {time.perf_counter() - started:.0f} s on {server.url}\n", flush=True)
         print(f"> {ask}")
         _ask(server.url, ask)

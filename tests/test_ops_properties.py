@@ -347,6 +347,30 @@ def test_bias(case, paged, expanded, masked, slack, device):
     check(inputs, inputs.paged() if paged else inputs.dense())
 
 
+BIAS_CASE = Case(((9, 40), (1, 17)), 2, 2, 64, torch.float16, 16, "nhd", seed=0)
+
+
+@pytest.mark.xfail(strict=True, reason="bias is rounded to the dtype of q")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("low", [-20.0, -1e9])  # -1e9 is beyond float16, not beyond bfloat16
+def test_bias_of_wider_dtype_than_q(dtype, low, device):
+    """A float32 bias keeps its precision and range; a row of huge ones has an LSE as huge."""
+    inputs = Inputs(replace(BIAS_CASE, dtype=dtype), device)
+    bias = torch.randn(2, 4, 9, 40, generator=inputs.random) * 4
+    bias[:, :, 3] = low
+    inputs.bias = bias.to(device)
+    check(inputs, inputs.paged())
+
+
+@pytest.mark.xfail(strict=True, reason="exp(-inf - -inf)")
+def test_row_that_sees_no_key_and_a_sink_of_minus_infinity(device):
+    inputs = Inputs(replace(BIAS_CASE, dtype=torch.float32, sinks=True), device)
+    inputs.sinks = torch.full((4,), -torch.inf, device=device)
+    inputs.bias = torch.zeros(2, 4, 9, 40, device=device)
+    inputs.bias[:, :, 3] = -torch.inf
+    check(inputs, inputs.paged())
+
+
 @examples(150)
 @given(
     case=cases(),

@@ -15,10 +15,6 @@ Engines = Callable[..., Any]
 OURS = "SPARSEK_XFORMERS"
 PEER = "CPU_ATTN"
 FP32 = {"dtype": "float32", "max_model_len": 4352}
-WORDS = (
-    "river stone quiet window morning paper silver garden walk letter number green summer road "
-    "house music light water glass under table forest winter market little open story north"
-)
 # Long ones, middling ones, one token, block boundaries (blocks have 128 tokens here).
 LENGTHS = (4000, 2100, 1500, 900, 640, 512, 257, 256, 255, 200, 129, 128, 127, 64, 40, 20, 9, 3, 1)
 
@@ -119,17 +115,19 @@ def test_parallel_sampling(ours: Any, peer: Any) -> None:
 def test_pass_key_in_a_long_prompt(ours: Any) -> None:
     from vllm import SamplingParams
 
-    draw = random.Random(3)
-    filler = draw.choices(WORDS.split(" "), k=1500)
-    filler.insert(700, ". The pass key is 48213. Remember it. 48213 is the pass key.")
-    question = " ".join(filler) + "\n\nWhat is the pass key mentioned in the text above?"
-    (output,) = ours.chat(
-        [{"role": "user", "content": question}],
-        SamplingParams(temperature=0, max_tokens=24),
-        use_tqdm=False,
+    filler = (
+        "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
     )
-    assert len(output.prompt_token_ids) > 1500
-    assert "48213" in output.outputs[0].text
+    prompt = (
+        "There is a pass key hidden in the text below. Find it and remember it.\n\n"
+        + filler * 30
+        + "The pass key is 48213. Remember it. 48213 is the pass key. "
+        + filler * 52
+        + "\n\nWhat is the pass key? The pass key is"
+    )
+    (output,) = ours.generate(prompt, SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)
+    assert len(output.prompt_token_ids) > 2000
+    assert output.outputs[0].text.startswith(" 48213")
 
 
 def test_preemption(engines: Engines, ours: Any, model: Path) -> None:
@@ -157,6 +155,34 @@ def test_fp8_cache(engines: Engines, model: Path) -> None:
         use_tqdm=False,
     )
     assert output.outputs[0].text == "The capital of France is Paris."
+
+
+def test_softcap_and_sliding_window(engines: Engines, model: Path, tmp_path: Path) -> None:
+    """A small Gemma 2 of random weights: both in every other layer, and an odd scale."""
+    import torch
+    from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=49152, hidden_size=128, intermediate_size=256, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=64, sliding_window=48,
+        attn_logit_softcapping=2.0, query_pre_attn_scalar=24, max_position_embeddings=1024,
+        initializer_range=0.2,
+    )  # fmt: skip
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path)
+    batch = [ids[:300] for ids in prompts()[4:18]]
+    logprobs = {}
+    for backend in (OURS, PEER):
+        llm = engines(tmp_path, attention_backend=backend, dtype="float32", max_model_len=512)
+        outputs = generate(llm, batch, prompt_logprobs=0, max_tokens=8)
+        logprobs[backend] = [
+            step[token].logprob
+            for output in outputs
+            for token, step in zip(output.prompt_token_ids, output.prompt_logprobs, strict=True)
+            if step is not None
+        ]
+    assert logprobs[OURS] == pytest.approx(logprobs[PEER], abs=2e-3)
 
 
 def test_bf16_logprobs_are_as_near_to_fp32_as_the_peers(
