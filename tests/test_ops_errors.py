@@ -189,11 +189,11 @@ ATTENTION = [
     ({"sinks": zeros(4, device="meta")}, "sinks must be on cpu, got meta"),
     (
         {"bias": zeros(4, 3, 20)},
-        "bias must have shape [batch=1, heads=4, max_q, max_k], got [4, 3, 20]",
+        "bias must have shape [batch=1, heads=4, max_q>=3, max_k>=20], got [4, 3, 20]",
     ),
     (
         {"bias": zeros(1, 2, 3, 20)},
-        "bias must have shape [batch=1, heads=4, max_q, max_k], got [1, 2, 3, 20]",
+        "bias must have shape [batch=1, heads=4, max_q>=3, max_k>=20], got [1, 2, 3, 20]",
     ),
     ({"window": (-2, 0)}, f"{WINDOW} (-2, 0)"),
     ({"window": (0, -2)}, f"{WINDOW} (0, -2)"),
@@ -203,11 +203,11 @@ ATTENTION = [
     # outputs
     (
         {"out": zeros(3, 4, 128)},
-        "out must be like q, [3, 4, 64] torch.float32, got [3, 4, 128] torch.float32",
+        "out must have the shape of q, [3, 4, 64], got [3, 4, 128]",
     ),
     (
         {"out": zeros(3, 4, 64, dtype=torch.float16)},
-        "out must be like q, [3, 4, 64] torch.float32, got [3, 4, 64] torch.float16",
+        "out must have the dtype of q, torch.float32, got torch.float16",
     ),
     ({"lse": zeros(3, 4)}, "lse must have shape [4, 3], got [3, 4]"),
     ({"lse": zeros(4, 3, device="meta")}, "lse must be on cpu, got meta"),
@@ -387,44 +387,9 @@ def test_attention_forward_refuses_on_cpu(arguments, message):
         attention_forward(*arguments)
 
 
-def half(*shape: int) -> torch.Tensor:
-    return torch.zeros(shape, dtype=torch.float16, device="cuda")
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"K": HALF}, "K must be on a CUDA device, got cpu"),
-        ({"V": None}, "V must be a torch.Tensor, got NoneType"),
-        ({"Q": lambda: half(1, 2, 8, 64).float()}, "Q must be torch.float16, got torch.float32"),
-        (
-            {"V": lambda: half(1, 2, 8, 64).bfloat16()},
-            "V must be torch.float16, got torch.bfloat16",
-        ),
-        ({"Q": lambda: half(2, 8, 64)}, "Q must have shape [B, H, S, D], got [2, 8, 64]"),
-        (
-            {"K": lambda: half(1, 2, 9, 64)},
-            "K must have the shape of Q, [1, 2, 8, 64], got [1, 2, 9, 64]",
-        ),
-        (
-            dict.fromkeys("QKV", lambda: half(1, 2, 8, 80)),
-            "head dimension D must be 64 or 128, got 80",
-        ),
-        *[({"scale": value}, f"{SCALE} {value}") for value in (0.0, -1.0, NAN, INF)],
-    ],
-)
-def test_attention_forward_refuses_on_cuda(changes, message):
-    call = dict.fromkeys("QKV", lambda: half(1, 2, 8, 64)) | changes
-    with refuses(message):
-        attention_forward(**{name: x() if callable(x) else x for name, x in call.items()})
-
-
 def test_missing_kernels_say_how_to_get_them():
     from sparsek_vllm.core import kernels
 
-    if kernels.available():
-        pytest.skip("kernels are built")
     for module in ("sparsek_vllm._C", "blackwell_sparsek._C"):
         with pytest.raises(ImportError) as error:
             __import__(module)
@@ -596,9 +561,9 @@ def test_debug_mode_lets_valid_calls_pass(debug):
     write(slot_mapping=torch.tensor([], dtype=torch.int64))
 
 
-# Wrong calls that are not refused yet: each of these should name its argument
+# More wrong calls, by the argument that the message names first
 
-UNCHECKED = [
+MORE = [
     (attend, {"bias": zeros(1, 4, 1, 20)}, "bias"),  # broadcast, or RuntimeError without a mask
     (attend, {"bias": zeros(1, 4, 3, 1)}, "bias"),
     (attend, {"bias": zeros(1, 4, 3, 10)}, "bias"),
@@ -628,14 +593,12 @@ UNCHECKED = [
 ]
 
 
-@pytest.mark.xfail(strict=True, reason="not checked yet")
-@pytest.mark.parametrize(("call", "changes", "name"), UNCHECKED)
+@pytest.mark.parametrize(("call", "changes", "name"), MORE)
 def test_refuses_too(call, changes, name):
     with pytest.raises(ValueError, match=f"^{re.escape(name)} must"):
         call(**changes)
 
 
-@pytest.mark.xfail(strict=True, reason="max() of an empty tensor")
 def test_debug_mode_with_an_empty_batch(debug):
     attend(
         q=zeros(0, 4, 64),
@@ -645,6 +608,5 @@ def test_debug_mode_with_an_empty_batch(debug):
     )
 
 
-@pytest.mark.xfail(strict=True, reason="pages before the window are checked too")
 def test_debug_mode_ignores_pages_before_the_window(debug):
     attend(block_table=ints(-7, 1, 2, 3).view(1, 4), window=(1, 0))

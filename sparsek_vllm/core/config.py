@@ -64,7 +64,7 @@ class Config:
             value = getattr(self, item.name)
             if item.name in _CHOICES:
                 allowed = _CHOICES[item.name]
-                if value not in allowed or isinstance(value, bool):
+                if value not in allowed or type(value) is not type(allowed[0]):
                     raise ValueError(
                         f"Config.{item.name} must be one of {', '.join(map(repr, allowed))}, "
                         f"got {value!r}"

@@ -20,6 +20,7 @@ from sparsek_vllm.core.paged_kv import DenseKV, PagedKV
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+INDEX_DTYPES = (torch.int32, torch.int64)
 
 _library = torch.library.Library("sparsek", "DEF")
 _library.define(
@@ -100,13 +101,6 @@ def varlen_attention(
     """
     heads, head_dim = _check_attention(q, kv, cu_seqlens_q, window, softcap)
     batch = cu_seqlens_q.shape[0] - 1
-    _check_optional("sinks", sinks, (heads,), q.device)
-    _check_optional("q_offsets", q_offsets, (batch,), q.device)
-    if bias is not None and (bias.ndim != 4 or bias.shape[:2] != (batch, heads)):
-        raise ValueError(
-            f"bias must have shape [batch={batch}, heads={heads}, max_q, max_k], "
-            f"got {list(bias.shape)}"
-        )
     scale = check_scale(scale, head_dim)
     left, right = window
     if causal:
@@ -115,19 +109,32 @@ def varlen_attention(
         max_seqlen_q = int(cu_seqlens_q.diff().max()) if batch else 0
     if max_seqlen_k is None:
         max_seqlen_k = int(kv.seq_lens.max()) if batch else 0
+    wide = torch.promote_types(q.dtype, torch.float32)
     if out is None:
         out = torch.empty_like(q)
-    elif out.shape != q.shape or out.dtype != q.dtype:
-        raise ValueError(
-            f"out must be like q, {list(q.shape)} {q.dtype}, got {list(out.shape)} {out.dtype}"
-        )
     if lse is None and return_lse:
-        wide = torch.promote_types(q.dtype, torch.float32)
         lse = torch.empty(heads, q.shape[0], dtype=wide, device=q.device)
-    _check_optional("lse", lse, (heads, q.shape[0]), q.device)
+    _check_same("out", out, "q", q)
+    _check_last_stride("out", out)
+    _check("lse", lse, (heads, q.shape[0]), (wide,), q.device)
+    _check("sinks", sinks, (heads,), FLOAT_DTYPES, q.device)
+    _check("q_offsets", q_offsets, (batch,), INDEX_DTYPES, q.device)
+    if bias is not None:
+        _check("bias", bias, None, FLOAT_DTYPES, q.device)
+        rows, keys = max_seqlen_q, max_seqlen_k
+        if (
+            bias.ndim != 4
+            or bias.shape[:2] != (batch, heads)
+            or bias.shape[2] < rows
+            or bias.shape[3] < keys
+        ):
+            raise ValueError(
+                f"bias must have shape [batch={batch}, heads={heads}, max_q>={rows}, "
+                f"max_k>={keys}], got {list(bias.shape)}"
+            )
     paged = kv if isinstance(kv, PagedKV) else None
     if debug_enabled() and paged is not None:
-        _check_block_table(paged)
+        _check_block_table(paged, cu_seqlens_q, q_offsets, left)
     path = kernels.path_for(q.device)
     torch.ops.sparsek.varlen_attention(
         q,
@@ -187,11 +194,13 @@ def write_kv(
         ValueError: an argument has the wrong shape, dtype, device or strides.
         ImportError: CUDA tensors, and no kernels are built.
     """
+    _check("key", key, None, FLOAT_DTYPES, key.device)
     _check_same("value", value, "key", key)
+    _check("k_cache", k_cache, None, (*FLOAT_DTYPES, *FP8_DTYPES), key.device)
     _check_same("v_cache", v_cache, "k_cache", k_cache)
     if key.ndim != 3:
         raise ValueError(f"key must have shape [tokens, kv_heads, head_dim], got {list(key.shape)}")
-    if k_cache.ndim != 4 or k_cache.shape[2:] != key.shape[1:]:
+    if k_cache.ndim != 4 or k_cache.shape[2:] != key.shape[1:] or k_cache.shape[1] == 0:
         raise ValueError(
             f"k_cache must have shape [num_blocks, block_size, kv_heads={key.shape[1]}, "
             f"head_dim={key.shape[2]}], got {list(k_cache.shape)}"
@@ -203,11 +212,13 @@ def write_kv(
         ("v_cache", v_cache),
     ):
         _check_last_stride(name, tensor)
-    if slot_mapping.ndim != 1 or slot_mapping.dtype not in (torch.int64, torch.int32):
+    _check_scales(k_scale, v_scale, key.shape[1], key.device)
+    if slot_mapping.ndim != 1 or slot_mapping.dtype not in INDEX_DTYPES:
         raise ValueError(
             "slot_mapping must be one-dimensional, int64 or int32, "
             f"got {list(slot_mapping.shape)} {slot_mapping.dtype}"
         )
+    _check("slot_mapping", slot_mapping, None, INDEX_DTYPES, key.device)
     if slot_mapping.shape[0] > key.shape[0]:
         raise ValueError(
             f"slot_mapping must have at most one slot for each of the {key.shape[0]} rows of key, "
@@ -254,7 +265,9 @@ def merge_states(
         raise ValueError(
             f"out_a must have shape [tokens, heads, head_dim], got {list(out_a.shape)}"
         )
-    _check_optional("lse_a", lse_a, (out_a.shape[1], out_a.shape[0]), out_a.device)
+    _check("out_a", out_a, None, FLOAT_DTYPES, out_a.device)
+    wide = torch.promote_types(out_a.dtype, torch.float32)
+    _check("lse_a", lse_a, (out_a.shape[1], out_a.shape[0]), (wide,), out_a.device)
     path = kernels.path_for(out_a.device)
     out, lse = torch.empty_like(out_a), torch.empty_like(lse_a)
     torch.ops.sparsek.merge_states(out_a, lse_a, out_b, lse_b, out, lse)
@@ -288,7 +301,9 @@ def _check_attention(
     layout = (
         "[num_blocks, block_size, kv_heads, head_dim]" if paged else "[total_k, kv_heads, head_dim]"
     )
-    if k.ndim != (4 if paged else 3) or k.shape[-1] != head_dim:
+    if head_dim == 0:
+        raise ValueError(f"q must have a head_dim of at least 1, got {list(q.shape)}")
+    if k.ndim != (4 if paged else 3) or k.shape[-1] != head_dim or (paged and k.shape[1] == 0):
         raise ValueError(
             f"k must have shape {layout} with head_dim {head_dim}, got {list(k.shape)}"
         )
@@ -314,23 +329,19 @@ def _check_attention(
                 f"block_table must have shape [batch={batch}, max_blocks], got {list(table.shape)}"
             )
         where = ("block_table", table)
-        for name, scale in (("k_scale", kv.k_scale), ("v_scale", kv.v_scale)):
-            if scale is not None and scale.numel() not in (1, k.shape[-2]):
-                raise ValueError(
-                    f"{name} must have 1 or kv_heads={k.shape[-2]} elements, got {scale.numel()}"
-                )
+        _check_scales(kv.k_scale, kv.v_scale, k.shape[-2], q.device)
     else:
-        _check_optional("starts", kv.starts, (batch,), q.device)
+        _check("starts", kv.starts, (batch,), None, q.device)
         where = ("starts", kv.starts)
-    _check_optional("seq_lens", kv.seq_lens, (batch,), q.device)
+    _check("seq_lens", kv.seq_lens, (batch,), None, q.device)
     indices = (("cu_seqlens_q", cu_seqlens_q), ("seq_lens", kv.seq_lens), where)
     for name, tensor in (*indices, ("k", k)):
         if tensor.device != q.device:
             raise ValueError(f"{name} must be on {q.device} like q, got {tensor.device}")
     for name, tensor in indices:
-        if tensor.dtype not in (torch.int32, torch.int64):
+        if tensor.dtype not in INDEX_DTYPES:
             raise ValueError(f"{name} must be int32 (or int64 on CPU), got {tensor.dtype}")
-    if len(window) != 2 or any(side < -1 for side in window):
+    if len(window) != 2 or any(type(side) is not int or side < -1 for side in window):
         raise ValueError(
             f"window must be (left, right), each -1 for no limit or at least 0, got {window}"
         )
@@ -348,15 +359,33 @@ def _check_same(name: str, tensor: torch.Tensor, like_name: str, like: torch.Ten
             )
 
 
-def _check_optional(
-    name: str, tensor: torch.Tensor | None, shape: Sequence[int], device: torch.device
+def _check(
+    name: str,
+    tensor: torch.Tensor | None,
+    shape: Sequence[int] | None,
+    dtypes: Sequence[torch.dtype] | None,
+    device: torch.device,
 ) -> None:
+    """An optional tensor's shape, dtype and device; None in their place allows any."""
     if tensor is None:
         return
-    if tensor.shape != tuple(shape):
+    if shape is not None and tensor.shape != tuple(shape):
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
+    if dtypes is not None and tensor.dtype not in dtypes:
+        raise ValueError(f"{name} must be {_names(dtypes)}, got {tensor.dtype}")
     if tensor.device != device:
         raise ValueError(f"{name} must be on {device}, got {tensor.device}")
+
+
+def _check_scales(
+    k_scale: torch.Tensor | None, v_scale: torch.Tensor | None, heads: int, device: torch.device
+) -> None:
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if scale is not None and scale.numel() not in (1, heads):
+            raise ValueError(
+                f"{name} must have 1 or kv_heads={heads} elements, got {scale.numel()}"
+            )
+        _check(name, scale, None, (torch.float32,), device)
 
 
 def _check_last_stride(name: str, tensor: torch.Tensor) -> None:
@@ -366,16 +395,25 @@ def _check_last_stride(name: str, tensor: torch.Tensor) -> None:
         )
 
 
-def _check_block_table(kv: PagedKV) -> None:
+def _check_block_table(
+    kv: PagedKV, cu_seqlens_q: torch.Tensor, q_offsets: torch.Tensor | None, left: int
+) -> None:
     """Debug mode: every page that a request may read exists."""
-    pages = -(-kv.seq_lens.long() // kv.block_size)
+    lengths = kv.seq_lens.long()
+    if not lengths.numel():
+        return
     width = kv.block_table.shape[1]
+    pages = -(-lengths // kv.block_size)
     if int(pages.max()) > width:
         raise ValueError(
-            f"seq_lens must fit the {width} blocks of block_table, got {int(kv.seq_lens.max())}"
+            f"seq_lens must fit the {width} blocks of block_table, got {int(lengths.max())}"
         )
-    used = torch.arange(width, device=pages.device) < pages.unsqueeze(-1)
-    ids = kv.block_table[used]
+    first = torch.zeros_like(lengths)
+    if left >= 0:
+        offsets = lengths - cu_seqlens_q.diff() if q_offsets is None else q_offsets
+        first = (offsets - left).clamp(min=0) // kv.block_size
+    page = torch.arange(width, device=lengths.device)
+    ids = kv.block_table[(page >= first.unsqueeze(-1)) & (page < pages.unsqueeze(-1))]
     if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= kv.k.shape[0]):
         raise ValueError(
             f"block_table must hold block ids from 0 to {kv.k.shape[0] - 1}, "

@@ -72,7 +72,9 @@ def varlen_attention(
         k_b = _dequantize_heads(k_b, q.dtype, k_scale)
         v_b = _dequantize_heads(v_b, q.dtype, v_scale)
         bias_b = None if bias is None else bias[b, :, top:bottom, begin:end]
-        attend = _attend_flash if softcap == 0 else _attend_by_definition
+        # torch's kernel has no softcap, and would round a wider bias to the dtype of q.
+        exact = softcap > 0 or (bias is not None and bias.dtype != q.dtype)
+        attend = _attend_by_definition if exact else _attend_flash
         o, row_lse = attend(
             q[first + top : first + bottom].transpose(0, 1),
             k_b,
@@ -95,7 +97,8 @@ def varlen_attention(
             o = o.masked_fill(dead.unsqueeze(-1), 0)
         if sinks is not None:
             with_sink = torch.logaddexp(row_lse, sinks.to(row_lse.dtype).unsqueeze(-1))
-            o = o.to(row_lse.dtype) * (row_lse - with_sink).exp().unsqueeze(-1)
+            share = (row_lse - with_sink).exp().masked_fill(row_lse == -torch.inf, 0)
+            o = o.to(row_lse.dtype) * share.unsqueeze(-1)
             row_lse = with_sink
         out_b[top:bottom] = o.transpose(0, 1)
         if lse_b is not None:
@@ -203,7 +206,7 @@ def _attend_flash(
     causal = bias is None and left < 0 and right == 0 and offset == 0 and rows > 1
     mask = None if causal else _additive(rows, keys, offset, left, right, q.dtype)
     if bias is not None:
-        mask = bias.to(q.dtype) if mask is None else bias.to(q.dtype) + mask
+        mask = bias if mask is None else bias + mask
         mask = mask.reshape(kv_heads, group, rows, keys)
     if rows == 1 and mask is None:
         # Queries of a group as the rows of one head.

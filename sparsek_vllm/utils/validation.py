@@ -41,7 +41,8 @@ def validate_correctness(
         raise ValueError("output must have at least one element, got an empty tensor")
     out, ref = output.detach().double(), reference.detach().double().to(output.device)
     diff = (out - ref).abs().masked_fill_(out == ref, 0.0)
-    mismatch = ~(diff <= atol + rtol * ref.abs())
+    # An infinite reference allows no difference, and a NaN fails every comparison.
+    mismatch = ~(diff <= atol + rtol * ref.abs().masked_fill(ref.isinf(), 0.0))
     # NaN counts as worse than any number.
     worst = int(diff.nan_to_num(nan=torch.inf, posinf=torch.inf).argmax())
     location = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), diff.shape))
