@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import api_reference
 import pytest
 
 from sparsek_vllm.demo import SERVED_NAME, DemoError, Server
@@ -36,6 +38,19 @@ def server(model: Path) -> Iterator[Server]:
     with Serve(model, arguments=FP32) as running:
         yield running
     os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
+
+
+class Published(Server):
+    """By the command of the published API reference, with our model in place of the gated one."""
+
+    def __init__(self, model: Path, **settings: Any) -> None:
+        super().__init__(model, **settings)
+        (block,) = [b for b in api_reference.blocks() if b.name == "backends.SparseKBackend#1"]
+        assert "--attention-backend SPARSEK_XFORMERS" in block.text
+        command = block.text.rstrip().replace("meta-llama/Llama-3.1-70B", str(model))
+        folder = Path(sys.executable).parent
+        local = shlex.join(a for a in self.command[5:] if a != str(model))
+        self.command = ["bash", "-c", f'PATH="{folder}:$PATH"\n{command} {local}']
 
 
 def client(server: Server) -> Any:
@@ -122,8 +137,8 @@ def test_killed_and_started_again(server: Server, model: Path) -> None:
     server.stop(signal.SIGKILL)
     assert server.process.poll() is not None
     # On the same port, by the other command.
-    with Server(model, port=server.port, arguments=FP32) as again:
-        assert again.command[2] == "vllm.entrypoints.openai.api_server"
+    with Published(model, port=server.port, arguments=FP32) as again:
+        assert "python -m vllm.entrypoints.openai.api_server" in again.command[2]
         assert asyncio.run(capital(again)) == before
 
 

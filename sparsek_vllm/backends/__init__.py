@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -28,4 +29,7 @@ def __getattr__(name: str) -> Any:
 
 
 if find_spec("vllm") is not None:
-    register_vllm_backend()
+    try:
+        register_vllm_backend()
+    except ImportError as error:  # a vLLM that is too old must not take xFormers' users down
+        warnings.warn(str(error), stacklevel=2)
