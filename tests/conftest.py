@@ -27,6 +27,14 @@ def model() -> Path:
     return demo_model_path(progress=False)
 
 
+@pytest.fixture(scope="session")
+def device() -> Any:
+    """Where the ops under test run."""
+    import torch
+
+    return torch.device(os.environ.get("SPARSEK_TEST_DEVICE", "cpu"))
+
+
 @contextlib.contextmanager
 def running_engine(model: Path | str, **arguments: Any) -> Iterator[Any]:
     """An ``LLM`` whose processes end with the context."""

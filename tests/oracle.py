@@ -2,16 +2,7 @@
 
 from __future__ import annotations
 
-import os
-
-import pytest
 import torch
-
-
-@pytest.fixture(scope="session")
-def device() -> torch.device:
-    """Where the ops under test run."""
-    return torch.device(os.environ.get("SPARSEK_TEST_DEVICE", "cpu"))
 
 
 def attention(

@@ -564,6 +564,10 @@ def test_debug_mode_lets_valid_calls_pass(debug):
 # More wrong calls, by the argument that the message names first
 
 MORE = [
+    (attend, {"q": zeros(3, 0, 64)}, "q"),  # torch's kernel would divide by zero
+    (attend, {"window": 4}, "window"),
+    (attend, {"scale": "x"}, "scale"),
+    (attend, {"softcap": "x"}, "softcap"),
     (attend, {"bias": zeros(1, 4, 1, 20)}, "bias"),  # broadcast, or RuntimeError without a mask
     (attend, {"bias": zeros(1, 4, 3, 1)}, "bias"),
     (attend, {"bias": zeros(1, 4, 3, 10)}, "bias"),

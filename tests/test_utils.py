@@ -17,8 +17,6 @@ from sparsek_vllm.utils import (
     validate_correctness,
 )
 
-pytest_plugins = ("oracle",)
-
 sdpa = torch.nn.functional.scaled_dot_product_attention
 TIMES = ("mean_us", "median_us", "min_us", "max_us", "std_us")
 METRICS = {

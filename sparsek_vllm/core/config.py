@@ -82,7 +82,7 @@ class Config:
         Raises:
             ValueError: a variable cannot be parsed.
         """
-        arch = os.environ.get("BSK_CUDA_ARCH", "90a")
+        arch = os.environ.get("BSK_CUDA_ARCH") or "90a"
         if arch not in _ARCHS:
             raise ValueError(f"BSK_CUDA_ARCH must be one of {', '.join(_ARCHS)}, got {arch!r}")
         return Config(
@@ -91,8 +91,8 @@ class Config:
             use_fast_math=_flag("BSK_FAST_MATH", True),
             enable_profiling=_flag("BSK_PROFILE", False),
             debug_mode=_flag("BSK_DEBUG", False),
-            cutlass_path=os.environ.get("CUTLASS_PATH"),
-            build_dir=os.environ.get("BSK_BUILD_DIR"),
+            cutlass_path=os.environ.get("CUTLASS_PATH") or None,
+            build_dir=os.environ.get("BSK_BUILD_DIR") or None,
         )
 
     def target_arch(self) -> str:

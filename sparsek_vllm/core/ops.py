@@ -279,7 +279,7 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     """``scale``, or its default; ValueError where it is not a positive finite number."""
     if scale is None:
         return 1.0 / math.sqrt(head_dim)
-    if not (math.isfinite(scale) and scale > 0):
+    if not (isinstance(scale, (int, float)) and math.isfinite(scale) and scale > 0):
         raise ValueError(f"scale must be a positive finite number, got {scale}")
     return float(scale)
 
@@ -301,8 +301,10 @@ def _check_attention(
     layout = (
         "[num_blocks, block_size, kv_heads, head_dim]" if paged else "[total_k, kv_heads, head_dim]"
     )
-    if head_dim == 0:
-        raise ValueError(f"q must have a head_dim of at least 1, got {list(q.shape)}")
+    if heads == 0 or head_dim == 0:
+        raise ValueError(
+            f"q must have at least one head and a head_dim of at least 1, got {list(q.shape)}"
+        )
     if k.ndim != (4 if paged else 3) or k.shape[-1] != head_dim or (paged and k.shape[1] == 0):
         raise ValueError(
             f"k must have shape {layout} with head_dim {head_dim}, got {list(k.shape)}"
@@ -341,11 +343,15 @@ def _check_attention(
     for name, tensor in indices:
         if tensor.dtype not in INDEX_DTYPES:
             raise ValueError(f"{name} must be int32 (or int64 on CPU), got {tensor.dtype}")
-    if len(window) != 2 or any(type(side) is not int or side < -1 for side in window):
+    if (
+        not isinstance(window, (tuple, list))
+        or len(window) != 2
+        or any(type(side) is not int or side < -1 for side in window)
+    ):
         raise ValueError(
             f"window must be (left, right), each -1 for no limit or at least 0, got {window}"
         )
-    if not (math.isfinite(softcap) and softcap >= 0):
+    if not (isinstance(softcap, (int, float)) and math.isfinite(softcap) and softcap >= 0):
         raise ValueError(f"softcap must be 0 (off) or a positive finite number, got {softcap}")
     return heads, head_dim
 

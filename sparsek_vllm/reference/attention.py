@@ -257,7 +257,8 @@ def _attend_by_definition(
         visible = _visible(tile.stop - top, keys, offset + top, left, right)
         if visible is not None:
             scores = scores.masked_fill(~visible, -torch.inf)
-        tile_lse = scores.logsumexp(-1)
-        out[:, tile] = ((scores - tile_lse.unsqueeze(-1)).exp() @ v_wide).flatten(0, 1).to(q.dtype)
-        lse[:, tile] = tile_lse.flatten(0, 1)
+        # softmax, not exp(score - lse): a large LSE is rounded, and the sum would not be 1.
+        weights = scores.softmax(-1)
+        out[:, tile] = (weights @ v_wide).flatten(0, 1).to(q.dtype)
+        lse[:, tile] = scores.logsumexp(-1).flatten(0, 1)
     return out, lse
