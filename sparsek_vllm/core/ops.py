@@ -218,7 +218,7 @@ def write_kv(
             "slot_mapping must be one-dimensional, int64 or int32, "
             f"got {list(slot_mapping.shape)} {slot_mapping.dtype}"
         )
-    _check("slot_mapping", slot_mapping, None, INDEX_DTYPES, key.device)
+    _check("slot_mapping", slot_mapping, None, None, key.device)
     if slot_mapping.shape[0] > key.shape[0]:
         raise ValueError(
             f"slot_mapping must have at most one slot for each of the {key.shape[0]} rows of key, "
