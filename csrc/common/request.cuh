@@ -1,0 +1,125 @@
+// Which part of the problem a tile is: its request, its rows, and the keys that they see.
+//
+// The query heads of a KV head (its group) share K and V, so they are rows of one matrix: row r
+// of a request is query r / group with head r % group of the group.
+#pragma once
+#include "../params.h"
+#include "ptx.cuh"
+
+namespace sparsek {
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+__device__ inline float load_float(const void* data, Float type, int64_t index) {
+  switch (type) {
+    case Float::kFloat16:
+      return __half2float(static_cast<const __half*>(data)[index]);
+    case Float::kBFloat16:
+      return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[index]);
+    default:
+      return static_cast<const float*>(data)[index];
+  }
+}
+
+struct KeyRange {
+  int begin, end;  // empty where begin >= end
+};
+
+// Positions of keys count from the beginning of a request's first page, or of the packed tensor:
+// its own keys are those from `start` on.
+struct Request {
+  int index, q_begin, rows, start, end, offset;
+
+  __device__ Request(const AttentionParams& p, int b) : index(b) {
+    q_begin = p.cu_seqlens_q[b];
+    const int queries = p.cu_seqlens_q[b + 1] - q_begin, keys = p.seq_lens[b];
+    rows = queries * p.group;
+    start = p.k_starts ? p.k_starts[b] : 0;
+    end = start + keys;
+    offset = start + (p.q_offsets ? p.q_offsets[b] : keys - queries);
+  }
+
+  // Keys that the queries first to last see, together.
+  __device__ KeyRange keys(const AttentionParams& p, int first, int last) const {
+    KeyRange range{start, end};
+    if (p.window_left >= 0) range.begin = max(start, offset + first - p.window_left);
+    if (p.window_right >= 0) range.end = min(end, offset + last + p.window_right + 1);
+    return range;
+  }
+  __device__ KeyRange keys(const AttentionParams& p, int query) const {
+    return keys(p, query, query);
+  }
+};
+
+// Where a key of a request lies, and the keys after it up to the next multiple of 16: pages are
+// multiples of 16. The look-up is apart from the address, to be made early. Packed keys are one
+// endless page (see AttentionParams::block_divisor).
+struct KeyAddress {
+  int block, token;
+
+  KeyAddress() = default;
+  __device__ KeyAddress(const AttentionParams& p, int request, int key) {
+    const int page = p.block_divisor(key);
+    block = p.block_table ? p.block_table[request * p.block_table_stride + page] : 0;
+    token = key - page * static_cast<int>(p.block_divisor.divisor);
+#ifdef SPARSEK_DEBUG
+    if (block < 0) __trap();
+#endif
+  }
+
+  template <typename T>
+  __device__ const T* at(const KVTensor& tensor, int kv_head) const {
+    return static_cast<const T*>(tensor.data) + block * tensor.stride_block +
+           token * tensor.stride_token + kv_head * tensor.stride_head;
+  }
+};
+
+// The score that enters the softmax, in natural units, where softcap or bias is in force.
+__device__ inline float adjust_score(const AttentionParams& p, float score, const Request& request,
+                                     int head, int query, int key, bool visible) {
+  score *= p.scale;
+  if (p.softcap > 0) {
+    // tanh(x) = 1 - 2 / (1 + exp(2x)): tanh.approx is too coarse.
+    score = p.softcap * (1 - 2 * __frcp_rn(1 + exp2_approx(2 * kLog2e * (score / p.softcap))));
+  }
+  if (p.bias && visible) {
+    score += load_float(p.bias, p.bias_type,
+                        request.index * p.bias_stride[0] + head * p.bias_stride[1] +
+                            query * p.bias_stride[2] + (key - request.start) * p.bias_stride[3]);
+  }
+  return score;
+}
+
+// exp((score - peak) * scale), by powers of two. A bias can make scores so large that their product
+// with the scale is rounded by more than 1: then the difference comes first.
+template <bool kLarge>
+struct Exponential {
+  float peak, scale;
+
+  __device__ Exponential(float peak, float scale)
+      : peak(kLarge ? peak : peak * scale), scale(scale) {}
+  __device__ float operator()(float score) const {
+    return exp2_approx(kLarge ? (score - peak) * scale : fmaf(score, scale, -peak));
+  }
+};
+
+struct RowState {
+  float factor, lse;  // of the row's output, and its natural log-sum-exp
+};
+
+// From a row's maximum in powers of two and the sum of its exponentials, the sink included.
+__device__ inline RowState finish_row(const AttentionParams& p, float peak, float sum, int head) {
+  if (p.sinks) {
+    const float sink = kLog2e * load_float(p.sinks, p.sinks_type, head * p.sinks_stride);
+    const float top = sum > 0 ? fmaxf(peak, sink) : sink;
+    const float rescale = sum > 0 ? exp2f(peak - top) : 0.0f;
+    const float total = sum * rescale + (sink == -INFINITY ? 0.0f : exp2f(sink - top));
+    if (!(total > 0)) return {0.0f, -INFINITY};
+    return {rescale / total, kLn2 * (top + log2f(total))};
+  }
+  if (!(sum > 0)) return {0.0f, -INFINITY};
+  return {1 / sum, kLn2 * (peak + log2f(sum))};
+}
+
+}  // namespace sparsek

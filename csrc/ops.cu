@@ -1,0 +1,317 @@
+// The CUDA side of the op set: checks, parameters and dispatch. What the ops mean, and the checks
+// that both implementations share, is in sparsek_vllm/core/ops.py.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "params.h"
+#include "portable/portable.h"
+
+#ifndef SPARSEK_NAMESPACE
+#define SPARSEK_NAMESPACE sparsek
+#endif
+
+// Weak, so that the library loads beside a torch without CUDA.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+
+namespace sparsek {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+void check(bool condition, const std::string& message) {
+  if (!condition) throw std::runtime_error(message);
+}
+void check(cudaError_t error) {
+  check(error == cudaSuccess, std::string("CUDA error: ") + cudaGetErrorString(error));
+}
+
+// The device of the tensors for the length of a call, and its current stream.
+class DeviceScope {
+ public:
+  explicit DeviceScope(const Tensor& tensor) {
+    device_ = tensor.get_device_index();
+    check(cudaGetDevice(&previous_));
+    if (device_ != previous_) check(cudaSetDevice(device_));
+    void* stream = nullptr;
+    check(aoti_torch_get_current_cuda_stream(device_, &stream) == 0, "no CUDA stream");
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+  ~DeviceScope() {
+    if (device_ != previous_) cudaSetDevice(previous_);
+  }
+  cudaStream_t stream() const { return stream_; }
+  int multiprocessors() const {
+    int count = 0;
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_));
+    return count;
+  }
+
+ private:
+  int device_ = 0, previous_ = 0;
+  cudaStream_t stream_ = nullptr;
+};
+
+const int* int32_data(const char* name, const Tensor& tensor) {
+  check(tensor.scalar_type() == ScalarType::Int, std::string(name) + " must be int32 on CUDA");
+  const bool packed = tensor.size(tensor.dim() - 1) <= 1 || tensor.stride(tensor.dim() - 1) == 1;
+  check(packed, std::string(name) + " must be contiguous in its last dimension on CUDA");
+  return static_cast<const int*>(tensor.data_ptr());
+}
+
+Float float_type(const char* name, const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Float::kFloat32;
+    case ScalarType::Half:
+      return Float::kFloat16;
+    case ScalarType::BFloat16:
+      return Float::kBFloat16;
+    default:
+      throw std::runtime_error(std::string(name) + " must be float32, float16 or bfloat16 on CUDA");
+  }
+}
+
+// Strides count where a dimension has more than one element; any other may hold anything.
+int64_t stride(const Tensor& tensor, int dim) {
+  return tensor.size(dim) > 1 ? tensor.stride(dim) : 0;
+}
+
+// Kernels copy 16 bytes at a time.
+void check_aligned(const char* name, const Tensor& tensor) {
+  bool aligned = reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0;
+  for (int i = 0; i + 1 < tensor.dim(); ++i) aligned &= stride(tensor, i) % 8 == 0;
+  check(aligned, std::string(name) +
+                     " must begin at a multiple of 16 bytes on CUDA, and its strides must be "
+                     "multiples of 8 elements");
+}
+
+KVTensor kv_tensor(const Tensor& tensor) {
+  const int dims = static_cast<int>(tensor.dim());
+  return {tensor.data_ptr(), dims == 4 ? stride(tensor, 0) : 0, stride(tensor, dims - 3),
+          stride(tensor, dims - 2)};
+}
+
+// Calls f<T, head_dim>, for the types and sizes that attention is compiled for.
+template <typename F>
+void for_type_and_size(ScalarType type, int64_t head_dim, F f) {
+  check(head_dim == 64 || head_dim == 128,
+        "head_dim must be 64 or 128 on CUDA, got " + std::to_string(head_dim));
+  const auto with_type = [&](auto zero) {
+    using T = decltype(zero);
+    if (head_dim == 64) {
+      f.template operator()<T, 64>();
+    } else {
+      f.template operator()<T, 128>();
+    }
+  };
+  if (type == ScalarType::Half) {
+    with_type(__half{});
+  } else if (type == ScalarType::BFloat16) {
+    with_type(__nv_bfloat16{});
+  } else {
+    throw std::runtime_error("q must be float16 or bfloat16 on CUDA");
+  }
+}
+
+struct LaunchAttention {
+  const AttentionParams& p;
+  bool with_prefill, with_decode;
+  cudaStream_t stream;
+
+  template <typename T, int kHeadDim>
+  void operator()() const {
+    if (with_prefill) check(portable::prefill<T, kHeadDim>(p, stream));
+    if (with_decode) check(portable::decode<T, kHeadDim>(p, stream));
+  }
+};
+
+void varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
+                      const Tensor& seq_lens, const OptionalTensor& block_table,
+                      const OptionalTensor& k_starts, const OptionalTensor& q_offsets,
+                      const OptionalTensor& bias, const OptionalTensor& sinks,
+                      const OptionalTensor& k_scale, const OptionalTensor& v_scale,
+                      const OptionalTensor& workspace, int64_t max_seqlen_q, int64_t max_seqlen_k,
+                      double scale, int64_t window_left, int64_t window_right, double softcap,
+                      Tensor out, OptionalTensor lse) {
+  const int64_t batch = seq_lens.size(0), total_q = q.size(0), head_dim = q.size(2);
+  if (batch == 0 || total_q == 0) return;
+  const int64_t kv_heads = k.size(k.dim() - 2);
+  check(k.scalar_type() == q.scalar_type() && !k_scale && !v_scale,
+        "k must have the dtype of q on CUDA, without k_scale and v_scale");
+  check(total_q < (int64_t{1} << 31) && kv_heads < 65536, "q has too many rows or heads");
+  for (const auto& [name, tensor] :
+       {std::pair<const char*, const Tensor*>{"q", &q}, {"k", &k}, {"v", &v}})
+    check_aligned(name, *tensor);
+
+  AttentionParams p{};
+  p.q = q.data_ptr();
+  p.q_stride_token = stride(q, 0);
+  p.q_stride_head = stride(q, 1);
+  p.out = out.data_ptr();
+  p.out_stride_token = stride(out, 0);
+  p.out_stride_head = stride(out, 1);
+  check(reinterpret_cast<uintptr_t>(p.out) % 4 == 0 && p.out_stride_token % 2 == 0 &&
+            p.out_stride_head % 2 == 0,
+        "out must begin at a multiple of 4 bytes on CUDA, and its strides must be even");
+  if (lse) {
+    check(stride(*lse, 1) <= 1, "lse must be contiguous in its last dimension on CUDA");
+    p.lse = static_cast<float*>(lse->data_ptr());
+    p.lse_stride_head = stride(*lse, 0);
+  }
+  p.k = kv_tensor(k);
+  p.v = kv_tensor(v);
+  p.cu_seqlens_q = int32_data("cu_seqlens_q", cu_seqlens_q);
+  p.seq_lens = int32_data("seq_lens", seq_lens);
+  if (block_table) {
+    check(k.size(1) % 16 == 0,
+          "block_size must be a multiple of 16 on CUDA, got " + std::to_string(k.size(1)));
+    p.block_table = int32_data("block_table", *block_table);
+    p.block_table_stride = stride(*block_table, 0);
+    p.block_divisor = FastDivisor(static_cast<uint32_t>(k.size(1)));
+  } else {
+    p.block_divisor = FastDivisor(uint32_t{1} << 31);
+  }
+  if (k_starts) p.k_starts = int32_data("starts", *k_starts);
+  if (q_offsets) p.q_offsets = int32_data("q_offsets", *q_offsets);
+  if (sinks) {
+    p.sinks = sinks->data_ptr();
+    p.sinks_type = float_type("sinks", *sinks);
+    p.sinks_stride = stride(*sinks, 0);
+  }
+  if (bias) {
+    p.bias = bias->data_ptr();
+    p.bias_type = float_type("bias", *bias);
+    for (int i = 0; i < 4; ++i) p.bias_stride[i] = stride(*bias, i);
+  }
+  p.batch = static_cast<int>(batch);
+  p.kv_heads = static_cast<int>(kv_heads);
+  p.group = static_cast<int>(q.size(1) / kv_heads);
+  p.group_divisor = FastDivisor(static_cast<uint32_t>(p.group));
+  p.total_q = static_cast<int>(total_q);
+  p.scale = static_cast<float>(scale);
+  p.scale_log2e = static_cast<float>(scale * 1.4426950408889634);
+  p.softcap = static_cast<float>(softcap);
+  // Large enough for any position, small enough that no sum overflows.
+  const int64_t unlimited = int64_t{1} << 30;
+  p.window_left = static_cast<int>(window_left < unlimited ? window_left : -1);
+  p.window_right = static_cast<int>(window_right < unlimited ? window_right : -1);
+
+  // A few tiles of rows re-read keys from L2 at little cost, and only decode splits long keys.
+  const int64_t max_rows = max_seqlen_q * p.group;
+  p.decode_rows = (max_seqlen_k >= 1024 ? 4 : 1) * portable::kDecodeRows;
+  // A captured graph of a paged batch may be replayed with other lengths.
+  const bool all_alike = !block_table && total_q == batch * max_seqlen_q;
+  const bool with_prefill = max_rows > p.decode_rows;
+  const bool with_decode = !with_prefill || !all_alike;
+
+  const DeviceScope device(q);
+  if (with_decode) {
+    p.multiprocessors = device.multiprocessors();
+    const int64_t blocks = p.multiprocessors * portable::kDecodeBlocksPerMultiprocessor;
+    const int64_t counters = (blocks + 3) / 4 * 4;
+    const int64_t floats =
+        counters + 2 * blocks * portable::decode_part_floats(static_cast<int>(head_dim));
+    check(
+        workspace && workspace->scalar_type() == ScalarType::Float && workspace->numel() >= floats,
+        "workspace must hold " + std::to_string(floats) + " float32 zeros");
+    p.arrivals = static_cast<int*>(workspace->data_ptr());
+    p.partials = static_cast<float*>(workspace->data_ptr()) + counters;
+  }
+  for_type_and_size(q.scalar_type(), head_dim,
+                    LaunchAttention{p, with_prefill, with_decode, device.stream()});
+}
+
+void write_kv(const Tensor& key, const Tensor& value, Tensor k_cache, Tensor v_cache,
+              const Tensor& slot_mapping, const OptionalTensor& k_scale,
+              const OptionalTensor& v_scale) {
+  if (slot_mapping.numel() == 0) return;
+  const auto type = key.scalar_type();
+  check(type == ScalarType::Half || type == ScalarType::BFloat16,
+        "key must be float16 or bfloat16 on CUDA");
+  check(k_cache.scalar_type() == type && !k_scale && !v_scale,
+        "k_cache must have the dtype of key on CUDA, without k_scale and v_scale");
+  check(stride(slot_mapping, 0) <= 1, "slot_mapping must be contiguous on CUDA");
+  const DeviceScope device(key);
+  WriteParams p{};
+  p.key = key.data_ptr();
+  p.value = value.data_ptr();
+  p.k_cache = k_cache.data_ptr();
+  p.v_cache = v_cache.data_ptr();
+  p.key_stride_token = stride(key, 0);
+  p.key_stride_head = stride(key, 1);
+  p.value_stride_token = stride(value, 0);
+  p.value_stride_head = stride(value, 1);
+  p.k_stride_block = stride(k_cache, 0);
+  p.k_stride_token = stride(k_cache, 1);
+  p.k_stride_head = stride(k_cache, 2);
+  p.v_stride_block = stride(v_cache, 0);
+  p.v_stride_token = stride(v_cache, 1);
+  p.v_stride_head = stride(v_cache, 2);
+  p.slots = slot_mapping.data_ptr();
+  p.slots_are_64_bit = slot_mapping.scalar_type() == ScalarType::Long;
+  p.block_size = static_cast<int>(k_cache.size(1));
+  p.tokens = static_cast<int>(slot_mapping.size(0));
+  p.kv_heads = static_cast<int>(key.size(1));
+  p.head_dim = static_cast<int>(key.size(2));
+  int64_t bits = p.head_dim * 2;
+  for (const Tensor* tensor :
+       {&key, &value, static_cast<const Tensor*>(&k_cache), static_cast<const Tensor*>(&v_cache)}) {
+    bits |= static_cast<int64_t>(reinterpret_cast<uintptr_t>(tensor->data_ptr()));
+    for (int i = 0; i + 1 < tensor->dim(); ++i) bits |= stride(*tensor, i) * 2;
+  }
+  p.aligned = bits % 16 == 0;
+  if (p.kv_heads * p.head_dim > 0) check(portable::write_kv(p, device.stream()));
+}
+
+void merge_states(const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b,
+                  const Tensor& lse_b, Tensor out, Tensor lse) {
+  if (out.numel() == 0) return;
+  const DeviceScope device(out);
+  MergeParams p{};
+  p.out_a = out_a.data_ptr();
+  p.out_b = out_b.data_ptr();
+  p.out = out.data_ptr();
+  p.lse_a = static_cast<const float*>(lse_a.data_ptr());
+  p.lse_b = static_cast<const float*>(lse_b.data_ptr());
+  p.lse = static_cast<float*>(lse.data_ptr());
+  for (int i = 0; i < 3; ++i) {
+    p.a_stride[i] = stride(out_a, i);
+    p.b_stride[i] = stride(out_b, i);
+    p.out_stride[i] = stride(out, i);
+  }
+  for (int i = 0; i < 2; ++i) {
+    p.lse_a_stride[i] = stride(lse_a, i);
+    p.lse_b_stride[i] = stride(lse_b, i);
+    p.lse_stride[i] = stride(lse, i);
+  }
+  p.tokens = static_cast<int>(out.size(0));
+  p.heads = static_cast<int>(out.size(1));
+  p.head_dim = static_cast<int>(out.size(2));
+  switch (float_type("out_a", out_a)) {
+    case Float::kFloat32:
+      return check(portable::merge_states<float>(p, device.stream()));
+    case Float::kFloat16:
+      return check(portable::merge_states<__half>(p, device.stream()));
+    case Float::kBFloat16:
+      return check(portable::merge_states<__nv_bfloat16>(p, device.stream()));
+  }
+}
+
+}  // namespace
+}  // namespace sparsek
+
+STABLE_TORCH_LIBRARY_IMPL(SPARSEK_NAMESPACE, CUDA, m) {
+  m.impl("varlen_attention", TORCH_BOX(&sparsek::varlen_attention));
+  m.impl("write_kv", TORCH_BOX(&sparsek::write_kv));
+  m.impl("merge_states", TORCH_BOX(&sparsek::merge_states));
+}

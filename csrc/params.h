@@ -1,0 +1,97 @@
+// What crosses from the op layer to the kernels: plain data, passed by value.
+#pragma once
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define SPARSEK_HOST_DEVICE __host__ __device__
+#else
+#define SPARSEK_HOST_DEVICE
+#endif
+
+namespace sparsek {
+
+// Unsigned division by a number known on the host, for dividends below 2^31.
+// Source: T. Granlund, P. Montgomery, "Division by invariant integers using multiplication", 1994.
+struct FastDivisor {
+  uint32_t divisor = 1, multiplier = 1, shift = 0;
+
+  FastDivisor() = default;
+  explicit FastDivisor(uint32_t d) : divisor(d) {
+    while ((uint64_t{1} << shift) < d) ++shift;
+    multiplier =
+        static_cast<uint32_t>(((uint64_t{1} << 32) * ((uint64_t{1} << shift) - d)) / d + 1);
+  }
+
+  SPARSEK_HOST_DEVICE int operator()(int n) const {
+#ifdef __CUDA_ARCH__
+    const uint32_t high = __umulhi(multiplier, static_cast<uint32_t>(n));
+#else
+    const uint32_t high = static_cast<uint32_t>(uint64_t{multiplier} * uint32_t(n) >> 32);
+#endif
+    return static_cast<int>((high + static_cast<uint32_t>(n)) >> shift);
+  }
+};
+
+enum class Float : int { kFloat32, kFloat16, kBFloat16 };
+
+// Keys or values. Strides are in elements. Packed (not paged) tensors have no stride_block.
+struct KVTensor {
+  const void* data;
+  int64_t stride_block, stride_token, stride_head;
+};
+
+struct AttentionParams {
+  const void* q;
+  void* out;
+  float* lse;  // [heads, total_q], or null
+  KVTensor k, v;
+  int64_t q_stride_token, q_stride_head, out_stride_token, out_stride_head, lse_stride_head;
+
+  const int *cu_seqlens_q, *seq_lens;
+  const int* block_table;  // null for packed K and V
+  int64_t block_table_stride;
+  const int* k_starts;   // position of each request's first key, or null: 0
+  const int* q_offsets;  // position of each request's first query, or null: seq_len - query_len
+
+  const void* sinks;  // [heads], or null
+  const void* bias;   // [batch, heads, max_q, max_k], or null
+  Float sinks_type, bias_type;
+  int64_t sinks_stride, bias_stride[4];
+
+  int batch, kv_heads, group, total_q, multiprocessors;
+  FastDivisor group_divisor;
+  FastDivisor block_divisor;      // block_size; 2^31 for packed K and V
+  float scale, scale_log2e;       // the second for scores in powers of two
+  float softcap;                  // 0: off
+  int window_left, window_right;  // -1: no limit
+
+  // Requests with at most this many rows (queries times group) are the decode kernel's, the
+  // others the prefill kernel's.
+  int decode_rows;
+  float* partials;  // workspace of the decode kernel
+  int* arrivals;    // zero before and after each launch
+};
+
+struct WriteParams {
+  const void *key, *value;
+  void *k_cache, *v_cache;
+  int64_t key_stride_token, key_stride_head, value_stride_token, value_stride_head;
+  int64_t k_stride_block, k_stride_token, k_stride_head;
+  int64_t v_stride_block, v_stride_token, v_stride_head;
+  const void* slots;
+  bool slots_are_64_bit;
+  int block_size, tokens, kv_heads, head_dim;
+  bool aligned;  // every row begins at a multiple of 16 bytes, and is one
+};
+
+struct MergeParams {
+  const void *out_a, *out_b;
+  void* out;
+  const float *lse_a, *lse_b;
+  float* lse;
+  int64_t a_stride[3], b_stride[3], out_stride[3];          // token, head, element
+  int64_t lse_a_stride[2], lse_b_stride[2], lse_stride[2];  // head, token
+  int tokens, heads, head_dim;
+};
+
+}  // namespace sparsek

@@ -1,0 +1,33 @@
+// Kernels that run on every supported GPU. Attention is compiled for one dtype and head_dim at a
+// time.
+#pragma once
+#include <cuda_runtime.h>
+
+#include "../params.h"
+
+namespace sparsek::portable {
+
+// Requests of more than params.decode_rows rows.
+template <typename T, int kHeadDim>
+cudaError_t prefill(const AttentionParams& params, cudaStream_t stream);
+
+// Requests of at most params.decode_rows rows.
+template <typename T, int kHeadDim>
+cudaError_t decode(const AttentionParams& params, cudaStream_t stream);
+
+constexpr int kDecodeBlocksPerMultiprocessor = 2;
+constexpr int kDecodeRows = 16;  // that a unit of decode's work has
+
+// Partial result in the workspace: each row's weighted sum of values, then each row's maximum,
+// then each row's sum of weights. A thread block leaves two at most.
+__host__ __device__ constexpr int decode_part_floats(int head_dim) {
+  return kDecodeRows * (head_dim + 2);
+}
+
+// Copies rows of 16-bit elements to their slots.
+cudaError_t write_kv(const WriteParams& params, cudaStream_t stream);
+
+template <typename T>
+cudaError_t merge_states(const MergeParams& params, cudaStream_t stream);
+
+}  // namespace sparsek::portable

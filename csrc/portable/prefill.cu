@@ -1,0 +1,384 @@
+// Attention of many queries a request: FlashAttention-2's loop (https://arxiv.org/abs/2307.08691)
+// on mma.sync and cp.async, for any GPU from sm_80 on.
+//
+// A thread block takes kBlockM rows of one KV head (queries and heads of the group, packed) and
+// walks over the keys that they see, kBlockN at a time, through a ring of kStages tiles in shared
+// memory. A warp owns its rows, so the softmax needs no exchange between warps. Queries stay in
+// shared memory at head_dim 128, where registers are short, and in registers at 64.
+#include "../common/request.cuh"
+#include "portable.h"
+
+namespace sparsek::portable {
+namespace {
+
+#ifndef SPARSEK_BLOCK_M
+#define SPARSEK_BLOCK_M 128
+#endif
+#ifndef SPARSEK_BLOCK_N
+#define SPARSEK_BLOCK_N 64
+#endif
+#ifndef SPARSEK_NUM_STAGES
+#define SPARSEK_NUM_STAGES 2
+#endif
+#ifndef SPARSEK_NUM_WARPS
+#define SPARSEK_NUM_WARPS 4
+#endif
+
+constexpr int kBlockN = SPARSEK_BLOCK_N, kStages = SPARSEK_NUM_STAGES;
+constexpr int kWarps = SPARSEK_NUM_WARPS, kThreads = 32 * kWarps;
+// Keys that a warp copies at a time: of one page, since pages are multiples of 16.
+constexpr int kSlice = kBlockN / kWarps < 16 ? kBlockN / kWarps : 16;
+static_assert(SPARSEK_BLOCK_M % (16 * kWarps) == 0 && kBlockN % (kSlice * kWarps) == 0);
+static_assert(16 % kSlice == 0 && kSlice >= 4 && kStages >= 2);
+
+// Softcap and bias take registers that two row tiles a warp do not leave.
+template <bool kGeneral>
+constexpr int kBlockM = kGeneral ? 16 * kWarps : SPARSEK_BLOCK_M;
+
+// Rows are rescaled only when their maximum has grown by more than this many powers of two:
+// exponentials stay below 2^8, which fp16 holds. Idea: FlashAttention-4.
+constexpr float kRescaleSlack = 8.0f;
+
+template <int kHeadDim, bool kGeneral>
+constexpr int kSharedBytes = 2 * kHeadDim * (kBlockM<kGeneral> + 2 * kStages * kBlockN);
+
+// A tile's rows are kHeadDim elements in chunks of 16 bytes, the chunk index XORed with the row's
+// low three bits so that ldmatrix reads eight rows from eight different bank groups.
+template <int kHeadDim>
+__device__ inline uint32_t tile_offset(int row, int chunk) {
+  return row * (2 * kHeadDim) + ((chunk ^ (row & 7)) << 4);
+}
+
+// First tile of request b in the grid: an upper bound of the tiles before it that needs no sum
+// over the requests, so that a binary search finds a tile's request.
+template <int kRows>
+__device__ inline int first_tile(const AttentionParams& p, int b) {
+  return static_cast<int>(int64_t{p.cu_seqlens_q[b]} * p.group / kRows) + b;
+}
+
+template <typename T, int kHeadDim, bool kGeneral>
+__global__ void __launch_bounds__(kThreads, kWarps <= 4 ? 2 : 1)
+    prefill_kernel(const __grid_constant__ AttentionParams p) {
+  constexpr int kBlockM = portable::kBlockM<kGeneral>;
+  constexpr int kRowTiles = kBlockM / (16 * kWarps);  // of 16 rows, a warp
+  constexpr int kChunks = kHeadDim / 8;               // of 16 bytes, a row
+  constexpr int kRowsAtOnce = kThreads / kChunks;     // that all threads copy together
+  constexpr int kSteps = kHeadDim / 16;               // of QK^T along head_dim
+  constexpr int kKeyTiles = kBlockN / 8;              // columns of the score tile
+  constexpr int kGroups = kBlockN / 16;               // of 16 keys
+  constexpr int kSlicesAWarp = kBlockN / (kSlice * kWarps);
+  constexpr bool kQueriesInRegisters = kHeadDim <= 64;
+  constexpr uint32_t kTileBytes = kBlockN * kHeadDim * 2;
+
+  extern __shared__ __align__(1024) char shared[];
+  const uint32_t shared_q = shared_address(shared);
+  const uint32_t shared_kv = shared_q + kBlockM * kHeadDim * 2;
+
+  // Late tiles first: under a causal mask they are the heaviest.
+  const int tile = gridDim.x - 1 - blockIdx.x;
+  const int kv_head = blockIdx.y;
+  int b = 0;
+  for (int end = p.batch; end - b > 1;) {
+    const int middle = (b + end) / 2;
+    (first_tile<kBlockM>(p, middle) <= tile ? b : end) = middle;
+  }
+  const int row0 = (tile - first_tile<kBlockM>(p, b)) * kBlockM;
+  const Request request(p, b);
+  if (row0 >= request.rows || request.rows <= p.decode_rows) return;
+
+  const int thread = threadIdx.x, warp = thread / 32;
+  int lane = thread % 32;
+  const int chunk = thread % kChunks, copy_row = thread / kChunks;
+
+  // Queries to shared memory.
+#pragma unroll
+  for (int i = 0; i < kBlockM; i += kRowsAtOnce) {
+    const int row = i + copy_row, r = row0 + row;
+    const bool valid = r < request.rows;
+    const int query = valid ? p.group_divisor(r) : 0;
+    const int head = kv_head * p.group + (valid ? r - query * p.group : 0);
+    const T* source = static_cast<const T*>(p.q) +
+                      (int64_t{request.q_begin} + query) * p.q_stride_token +
+                      head * p.q_stride_head + chunk * 8;
+    copy_async_16(shared_q + tile_offset<kHeadDim>(row, chunk), source, valid);
+  }
+
+  // Keys that the tile needs, in tiles of kBlockN that start at a multiple of 16.
+  const int last_row = min(row0 + kBlockM, request.rows) - 1;
+  const int first_query = p.group_divisor(row0), last_query = p.group_divisor(last_row);
+  const KeyRange keys = request.keys(p, first_query, last_query);
+  const int keys_begin = keys.begin & ~15;
+  const int keys_end = keys.begin < keys.end ? keys.end : keys_begin;
+  // What the loop needs now and then waits in shared memory: registers are short.
+  __shared__ struct {
+    int request, row0, window_begin;
+    KeyRange common;  // keys that all rows see: they need no mask
+  } constants;
+  if (threadIdx.x == 0) {
+    constants = {
+        b, row0, keys.begin, {request.keys(p, last_query).begin, request.keys(p, first_query).end}};
+  }
+  __syncthreads();
+
+  // A slice's page is looked up one tile ahead of its copy. Pages past the range are not looked
+  // up: block tables hold garbage there.
+  KeyAddress next[kSlicesAWarp];
+  const auto find_tile = [&](int key0) {
+#pragma unroll
+    for (int i = 0; i < kSlicesAWarp; ++i) {
+      const int first = key0 + kSlice * (warp + i * kWarps);
+      next[i] = KeyAddress(p, constants.request, min(first, keys_end - 1));
+    }
+  };
+  const auto copy_tile = [&](int stage, int key0) {
+    const uint32_t k_tile = shared_kv + stage * 2 * kTileBytes, v_tile = k_tile + kTileBytes;
+#pragma unroll
+    for (int i = 0; i < kSlicesAWarp; ++i) {
+      const int first = kSlice * (warp + i * kWarps);
+      const T* k = next[i].at<T>(p.k, kv_head) + lane % kChunks * 8;
+      const T* v = next[i].at<T>(p.v, kv_head) + lane % kChunks * 8;
+#pragma unroll
+      for (int row = lane / kChunks; row < kSlice; row += 32 / kChunks) {
+        const int key = key0 + first + row;
+        const bool valid = key >= constants.window_begin && key < keys_end;
+        const uint32_t offset = tile_offset<kHeadDim>(first + row, lane % kChunks);
+        copy_async_16(k_tile + offset, k + row * p.k.stride_token, valid);
+        copy_async_16(v_tile + offset, v + row * p.v.stride_token, valid);
+      }
+    }
+  };
+
+  const float exponent_scale = kGeneral ? kLog2e : p.scale_log2e;
+  // This thread's rows: lane / 4, and 8 below it, of each of its warp's 16-row tiles.
+  const auto row_of = [&](int m, int h) {
+    return constants.row0 + (warp * kRowTiles + m) * 16 + lane / 4 + 8 * h;
+  };
+  float row_max[kRowTiles][2], row_sum[kRowTiles][2] = {};
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m) row_max[m][0] = row_max[m][1] = -INFINITY;
+  float out[kRowTiles][kHeadDim / 8][4] = {};
+
+  // ldmatrix addresses within a tile, for the first 16 elements of a row; step d along the row is
+  // an XOR with d * 32 bytes. Q and V (transposed on the way): rows by lane % 16, chunk by
+  // lane / 16. K: two 8-key matrices by two chunks.
+  const auto across_rows = [&] { return tile_offset<kHeadDim>(lane % 16, lane / 16); };
+  const auto across_chunks = [&] {
+    return tile_offset<kHeadDim>(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+  };
+  constexpr uint32_t kSixteenRows = 16 * 2 * kHeadDim;
+
+  uint32_t q_registers[kQueriesInRegisters ? kSteps : 1][kRowTiles][4];
+
+  if (keys_begin < keys_end) find_tile(keys_begin);
+#pragma unroll
+  for (int s = 0; s < kStages - 1; ++s) {
+    const int key0 = keys_begin + s * kBlockN;
+    if (key0 < keys_end) copy_tile(s, key0);
+    if (key0 + kBlockN < keys_end) find_tile(key0 + kBlockN);
+    copy_async_commit();
+  }
+
+  int stage = 0;
+  for (int key0 = keys_begin; key0 < keys_end; key0 += kBlockN) {
+    copy_async_wait<kStages - 2>();
+    recompute(lane);
+    __syncthreads();  // the tile is here, and all warps are done with the one before
+    {
+      const int next = key0 + (kStages - 1) * kBlockN;
+      if (next < keys_end) copy_tile((stage + kStages - 1) % kStages, next);
+      if (next + kBlockN < keys_end) find_tile(next + kBlockN);
+      copy_async_commit();
+    }
+    const uint32_t k_tile = shared_kv + stage * 2 * kTileBytes, v_tile = k_tile + kTileBytes;
+
+    if (kQueriesInRegisters && key0 == keys_begin) {
+      const uint32_t q_lane = shared_q + warp * kRowTiles * kSixteenRows + across_rows();
+#pragma unroll
+      for (int d = 0; d < kSteps; ++d) {
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+          load_matrices(q_registers[kQueriesInRegisters ? d : 0][m],
+                        (q_lane ^ (d << 5)) + m * kSixteenRows);
+        }
+      }
+    }
+
+    const uint32_t q_lane = shared_q + warp * kRowTiles * kSixteenRows + across_rows();
+    const uint32_t k_lane = k_tile + across_chunks();
+    float scores[kRowTiles][kKeyTiles][4] = {};
+#pragma unroll
+    for (int d = 0; d < kSteps; ++d) {
+      if (!kQueriesInRegisters) {
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m)
+          load_matrices(q_registers[0][m], (q_lane ^ (d << 5)) + m * kSixteenRows);
+      }
+      const auto& q = q_registers[kQueriesInRegisters ? d : 0];
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) {
+        uint32_t k[4];
+        load_matrices(k, (k_lane ^ (d << 5)) + g * kSixteenRows);
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+          mma<T>(scores[m][2 * g], q[m], k[0], k[1]);
+          mma<T>(scores[m][2 * g + 1], q[m], k[2], k[3]);
+        }
+      }
+    }
+
+    const KeyRange common = constants.common;
+    const bool masked = key0 < common.begin || key0 + kBlockN > common.end;
+    if (kGeneral || masked) {
+      const Request request(p, constants.request);
+      const int last_row = min(constants.row0 + kBlockM, request.rows) - 1;
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int r = min(row_of(m, h), last_row), query = p.group_divisor(r);
+          const int head = kv_head * p.group + r - query * p.group;
+          const KeyRange visible = request.keys(p, query);
+#pragma unroll
+          for (int i = 0; i < 2 * kKeyTiles; ++i) {
+            const int key = key0 + 8 * (i / 2) + 2 * (lane % 4) + i % 2;
+            const bool sees = key >= visible.begin && key < visible.end;
+            float& score = scores[m][i / 2][2 * h + i % 2];
+            if (kGeneral) score = adjust_score(p, score, request, head, query, key, sees);
+            // By selection: adding -inf would keep a NaN.
+            if (!sees) score = -INFINITY;
+          }
+        }
+      }
+    }
+
+    // Online softmax. Row sums stay with their thread until the end.
+    float peak[kRowTiles][2];
+    bool grown = false;
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float x = -INFINITY;
+#pragma unroll
+        for (int n = 0; n < kKeyTiles; ++n)
+          x = fmaxf(x, fmaxf(scores[m][n][2 * h], scores[m][n][2 * h + 1]));
+        x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+        x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+        peak[m][h] = x;
+        grown |= (x - row_max[m][h]) * exponent_scale > kRescaleSlack;
+      }
+    }
+    if (__any_sync(~0u, grown)) {
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const float x = fmaxf(row_max[m][h], peak[m][h]);
+          // While a row has seen no key, its sum is 0 and any factor but NaN will do.
+          const float factor =
+              x == -INFINITY ? 1.0f : exp2_approx((row_max[m][h] - x) * exponent_scale);
+          row_max[m][h] = x;
+          row_sum[m][h] *= factor;
+#pragma unroll
+          for (int n = 0; n < kHeadDim / 8; ++n) {
+            out[m][n][2 * h] *= factor;
+            out[m][n][2 * h + 1] *= factor;
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float peak_or_0 = row_max[m][h] == -INFINITY ? 0.0f : row_max[m][h];
+        const Exponential<kGeneral> exponential(peak_or_0, exponent_scale);
+#pragma unroll
+        for (int n = 0; n < kKeyTiles; ++n) {
+#pragma unroll
+          for (int i = 2 * h; i < 2 * h + 2; ++i) {
+            scores[m][n][i] = exponential(scores[m][n][i]);
+            row_sum[m][h] += scores[m][n][i];
+          }
+        }
+      }
+    }
+
+    const uint32_t v_lane = v_tile + across_rows();
+    // The accumulator layout of two 8-key tiles is the A operand of one step of 16 keys.
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      uint32_t weights[kRowTiles][4];
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const float* pair = &scores[m][2 * g + j / 2][2 * (j % 2)];
+          weights[m][j] = pack<T>(pair[0], pair[1]);
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < kHeadDim / 16; ++n) {
+        uint32_t v[4];
+        load_matrices_transposed(v, (v_lane ^ (n << 5)) + g * kSixteenRows);
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+          mma<T>(out[m][2 * n], weights[m], v[0], v[1]);
+          mma<T>(out[m][2 * n + 1], weights[m], v[2], v[3]);
+        }
+      }
+    }
+    stage = (stage + 1) % kStages;
+  }
+  copy_async_wait<0>();
+
+  const Request finished(p, constants.request);
+  const int end_row = min(constants.row0 + kBlockM, finished.rows);
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float sum = row_sum[m][h];
+      sum += __shfl_xor_sync(~0u, sum, 1);
+      sum += __shfl_xor_sync(~0u, sum, 2);
+      const int r = row_of(m, h);
+      if (r >= end_row) continue;
+      const int query = p.group_divisor(r), head = kv_head * p.group + r - query * p.group;
+      const int64_t token = int64_t{finished.q_begin} + query;
+      const RowState state = finish_row(p, row_max[m][h] * exponent_scale, sum, head);
+      T* destination = static_cast<T*>(p.out) + token * p.out_stride_token +
+                       head * p.out_stride_head + 2 * (lane % 4);
+#pragma unroll
+      for (int n = 0; n < kHeadDim / 8; ++n) {
+        *reinterpret_cast<uint32_t*>(destination + 8 * n) =
+            pack<T>(out[m][n][2 * h] * state.factor, out[m][n][2 * h + 1] * state.factor);
+      }
+      if (p.lse && lane % 4 == 0) p.lse[head * p.lse_stride_head + token] = state.lse;
+    }
+  }
+}
+
+template <typename T, int kHeadDim, bool kGeneral>
+cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
+  auto kernel = prefill_kernel<T, kHeadDim, kGeneral>;
+  constexpr int bytes = kSharedBytes<kHeadDim, kGeneral>;
+  static_assert(bytes <= 99 * 1024);
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return error;
+  const int64_t tiles = int64_t{p.total_q} * p.group / kBlockM<kGeneral> + p.batch;
+  kernel<<<dim3(static_cast<unsigned>(tiles), p.kv_heads), kThreads, bytes, stream>>>(p);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+template <typename T, int kHeadDim>
+cudaError_t prefill(const AttentionParams& p, cudaStream_t stream) {
+  const bool general = p.softcap > 0 || p.bias;
+  return general ? launch<T, kHeadDim, true>(p, stream) : launch<T, kHeadDim, false>(p, stream);
+}
+
+template cudaError_t prefill<SPARSEK_DTYPE, SPARSEK_HEAD_DIM>(const AttentionParams&, cudaStream_t);
+
+}  // namespace sparsek::portable
