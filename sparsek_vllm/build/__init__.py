@@ -1,0 +1,361 @@
+"""Compiling the CUDA kernels: one ninja file, three callers.
+
+``setup.py`` builds every architecture into the wheel, the first use builds what the GPU at hand
+needs into a cache, and ``python -m sparsek_vllm.build`` does either by hand. A build needs nvcc,
+a C++ compiler, ninja and the headers and libraries of torch, not a GPU. Nothing here imports
+torch, so that ``setup.py`` can use it in an isolated environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+LIBRARY = "sparsek_kernels.so"
+
+# Portable code as sm_90 and sm_100, with PTX for what comes later.
+_GENCODE = {
+    "90": ("arch=compute_90,code=sm_90",),
+    "100": ("arch=compute_100,code=[sm_100,compute_100]",),
+}
+ARCHS = tuple(_GENCODE)
+
+# The stable ABI of torch 2.10: one binary serves every newer torch and every Python.
+_TORCH_TARGET = "0x020a000000000000"
+_MINIMUM_CUDA = (12, 8)  # the first that knows sm_100
+_SHARED_BYTES = 99 * 1024
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What the kernels are compiled with. The default is what the wheel carries.
+
+    Attributes:
+        block_m: query rows of a prefill tile.
+        block_n: key rows of a prefill tile.
+        num_stages: prefill tiles in flight.
+        num_warps: warps of a prefill thread block.
+        fast_math: ``--use_fast_math``.
+        lineinfo: ``-lineinfo``.
+        debug: assertions in the kernels.
+        cutlass_path: a CUTLASS installation for kernels that borrow from it.
+    """
+
+    block_m: int = 128
+    block_n: int = 64
+    num_stages: int = 2
+    num_warps: int = 4
+    fast_math: bool = True
+    lineinfo: bool = False
+    debug: bool = False
+    cutlass_path: str | None = None
+
+    def problem(self) -> str | None:
+        """Why no kernel can have these tiles; None if one can."""
+        slice_ = min(16, self.block_n // self.num_warps)
+        rows = self.block_m // self.num_warps
+        shared = 2 * 128 * (self.block_m + 2 * self.num_stages * self.block_n) + 1024
+        if rows not in (16, 32) or self.block_m % self.num_warps:
+            return "a warp has 16 or 32 query rows (block_m / num_warps)"
+        if slice_ < 4 or 16 % slice_ or self.block_n % (slice_ * self.num_warps):
+            return "each warp copies an equal part of block_n"
+        if self.num_stages < 2:
+            return "num_stages is at least 2"
+        if rows * self.block_n > 32 * 64:
+            return "scores of more than 32 x 64 a warp do not fit its registers"
+        if shared > _SHARED_BYTES:
+            return f"tiles take {shared} bytes of shared memory, {_SHARED_BYTES} are allowed"
+        return None
+
+    def flags(self) -> list[str]:
+        flags = [
+            f"-DSPARSEK_{name.upper()}={getattr(self, name)}"
+            for name in ("block_m", "block_n", "num_stages", "num_warps")
+            if getattr(self, name) != getattr(Variant, name)
+        ]
+        if self.fast_math:
+            flags.append("--use_fast_math")
+        if self.lineinfo or self.debug:
+            flags.append("-lineinfo")
+        if self.debug:
+            flags.append("-DSPARSEK_DEBUG")
+        if self.cutlass_path:
+            flags.append(f"-I{self.cutlass_path}/include")
+        return flags
+
+
+DEFAULT = Variant()
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What a build needs, found."""
+
+    nvcc: Path
+    cuda_version: tuple[int, int]
+    torch: Path
+    ninja: Path
+    compiler: Path
+
+
+class BuildError(ImportError):
+    """Kernels cannot be built; the message says why and what helps."""
+
+
+def sources() -> Path:
+    """The folder ``csrc``: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).parent.parent
+    return next(p for p in (package / "csrc", package.parent / "csrc") if (p / "ops.cu").exists())
+
+
+def find_tools() -> Tools:
+    """Everything that a build needs.
+
+    Raises:
+        BuildError: something is missing; the message names it and how to get it.
+    """
+    nvcc = _find_nvcc()
+    if nvcc is None:
+        raise BuildError(
+            f"nvcc is missing (CUDA_HOME is {os.environ.get('CUDA_HOME') or 'not set'}): set "
+            "CUDA_HOME to a CUDA toolkit of version "
+            f"{'.'.join(map(str, _MINIMUM_CUDA))} or newer, or pip install nvidia-cuda-nvcc "
+            "nvidia-cuda-runtime nvidia-cuda-cccl"
+        )
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    match = re.search(r"release (\d+)\.(\d+)", text)
+    version = (int(match[1]), int(match[2])) if match else (0, 0)
+    if version < _MINIMUM_CUDA:
+        raise BuildError(
+            f"nvcc {nvcc} has version {version[0]}.{version[1]}, "
+            f"{'.'.join(map(str, _MINIMUM_CUDA))} or newer is needed"
+        )
+    torch = _find_torch()
+    if torch is None:
+        raise BuildError("torch 2.10 or newer is missing: pip install 'torch>=2.10'")
+    ninja = _find_program("ninja")
+    if ninja is None:
+        raise BuildError("ninja is missing: pip install ninja")
+    compiler = _find_program(os.environ.get("CXX") or "c++") or _find_program("g++")
+    if compiler is None:
+        raise BuildError("a C++ compiler is missing: install g++, or set CXX")
+    return Tools(nvcc, version, torch, ninja, compiler)
+
+
+def _find_nvcc() -> Path | None:
+    if home := os.environ.get("CUDA_HOME"):
+        candidates = [Path(home) / "bin" / "nvcc"]
+    else:
+        candidates = [Path(p) / "bin" / "nvcc" for p in ("/usr/local/cuda-13.0", "/usr/local/cuda")]
+        if on_path := shutil.which("nvcc"):
+            candidates.append(Path(on_path))
+        # pip's own: nvidia/cu13 from CUDA 13 on, nvidia/cuda_nvcc before.
+        for site in _sites():
+            candidates += sorted(site.glob("nvidia/*/bin/nvcc"))
+    return next((c for c in candidates if os.access(c, os.X_OK)), None)
+
+
+def _find_torch() -> Path | None:
+    found = importlib.util.find_spec("torch")
+    candidates = [Path(found.origin).parent] if found and found.origin else []
+    candidates += [site / "torch" for site in _sites()]
+    header = "include/torch/csrc/stable/library.h"
+    return next((c for c in candidates if (c / header).exists()), None)
+
+
+def _sites() -> list[Path]:
+    """Where packages lie: on the path, and in the environment that an isolated build serves."""
+    names = [*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    return [Path(name) for name in dict.fromkeys(names) if name]
+
+
+def _find_program(name: str) -> Path | None:
+    beside = Path(sys.executable).parent / name
+    found = str(beside) if os.access(beside, os.X_OK) else shutil.which(name)
+    if found is None and name == "ninja":
+        found = next((str(p) for s in _sites() if (p := s / "ninja/data/bin/ninja").exists()), None)
+    return Path(found) if found else None
+
+
+def key(tools: Tools, variant: Variant, archs: Sequence[str]) -> str:
+    """Name of a build: changes with the sources, the compiler and the flags."""
+    digest = hashlib.sha256()
+    root = sources()
+    for path in sorted(root.rglob("*.[ch]u*")) + sorted(root.rglob("*.h")):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    digest.update(repr((tools.cuda_version, variant, sorted(archs), _TORCH_TARGET)).encode())
+    return digest.hexdigest()[:16]
+
+
+def namespace(variant: Variant) -> str:
+    """Operator namespace of a variant's library, so that several can be loaded."""
+    if variant == DEFAULT:
+        return "sparsek"
+    return "sparsek_" + hashlib.sha256(repr(variant).encode()).hexdigest()[:12]
+
+
+def build(
+    destination: Path, tools: Tools, variant: Variant, archs: Sequence[str], verbose: bool = False
+) -> Path:
+    """Compile the kernels into ``destination / LIBRARY``.
+
+    Raises:
+        BuildError: the tiles cannot be built, or the compiler fails.
+    """
+    if problem := variant.problem():
+        raise BuildError(f"{variant} cannot be built: {problem}. {buildable()}")
+    destination.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="objects-", dir=destination) as objects:
+        (Path(objects) / "build.ninja").write_text(_ninja_file(tools, variant, archs))
+        command = [str(tools.ninja), "-C", objects, *_jobs()]
+        run = subprocess.run(
+            command, text=True, stdout=None if verbose else subprocess.PIPE, stderr=None
+        )
+        if run.returncode:
+            raise BuildError(f"the kernels do not compile:\n{run.stdout or ''}")
+        library = destination / LIBRARY
+        os.replace(Path(objects) / LIBRARY, library)
+    return library
+
+
+def _jobs() -> list[str]:
+    jobs = os.environ.get("MAX_JOBS")
+    return ["-j", jobs] if jobs else []
+
+
+def _ninja_file(tools: Tools, variant: Variant, archs: Sequence[str]) -> str:
+    root = sources()
+    gencode = [f"-gencode {code}" for arch in archs for code in _GENCODE[arch]]
+    home = tools.nvcc.resolve().parent.parent
+    flags = ["-std=c++17", "-O3", *variant.flags(), *gencode]
+    flags += [f"-ccbin {tools.compiler}", "-Xcompiler -fPIC,-fvisibility=hidden", "--threads 2"]
+    if "site-packages" in home.parts or "nvidia" in home.parts:
+        # pip's parts of the toolkit may differ in version from each other.
+        flags += ["-DCCCL_DISABLE_CTK_COMPATIBILITY_CHECK", f"-I{home}/include"]
+    torch_flags = [
+        f"-DTORCH_TARGET_VERSION={_TORCH_TARGET}",
+        "-DUSE_CUDA",
+        f"-DSPARSEK_NAMESPACE={namespace(variant)}",
+        f"-I{tools.torch}/include",
+    ]
+    cuda_libraries = [p for p in (home / "lib64", home / "lib") if p.exists()]
+    link = [f"-L{p}" for p in cuda_libraries] + [
+        # Static, and nothing else of CUDA: the library loads on a machine without a driver.
+        "-lcudart_static -lrt -lpthread -ldl",
+        f"-L{tools.torch}/lib -Wl,--no-as-needed -ltorch -ltorch_cpu",
+        "-Wl,--exclude-libs,ALL",
+    ]
+    lines = [
+        "ninja_required_version = 1.5",
+        f"nvcc = {tools.nvcc}",
+        f"flags = {' '.join(flags)}",
+        "rule compile",
+        "  command = $nvcc $flags $extra -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "rule link",
+        f"  command = {tools.compiler} -shared -o $out $in {' '.join(link)}",
+    ]
+    objects = []
+
+    def compile_(name: str, source: str, extra: str) -> None:
+        objects.append(f"{name}.o")
+        lines.append(f"build {name}.o: compile {root / source}")
+        lines.append(f"  extra = {extra}")
+
+    for kernel in ("prefill", "decode"):
+        for dtype in ("__half", "__nv_bfloat16"):
+            for head_dim in (64, 128):
+                name = f"{kernel}_{dtype.strip('_')}_{head_dim}"
+                extra = f"-DSPARSEK_DTYPE={dtype} -DSPARSEK_HEAD_DIM={head_dim}"
+                compile_(name, f"portable/{kernel}.cu", extra)
+    compile_("cache", "portable/cache.cu", "")
+    compile_("merge", "portable/merge.cu", "")
+    compile_("ops", "ops.cu", " ".join(torch_flags))
+    lines.append(f"build {LIBRARY}: link {' '.join(objects)}")
+    lines.append(f"default {LIBRARY}")
+    return "\n".join(lines) + "\n"
+
+
+def cached(directory: Path, variant: Variant, archs: Sequence[str], verbose: bool = False) -> Path:
+    """The library from the cache in ``directory``, compiled first where it is not there yet.
+
+    Processes that want the same build at once compile it once.
+
+    Raises:
+        BuildError: it is not there and cannot be compiled.
+    """
+    tools = find_tools()
+    folder = directory / key(tools, variant, archs)
+    library = folder / LIBRARY
+    if library.exists():
+        return library
+    directory.mkdir(parents=True, exist_ok=True)
+    with _lock(directory / f"{folder.name}.lock"):
+        if not library.exists():
+            with tempfile.TemporaryDirectory(prefix=f"{folder.name}-", dir=directory) as scratch:
+                print(f"sparsek-vllm: compiling CUDA kernels into {folder} ...", file=sys.stderr)
+                built = build(Path(scratch), tools, variant, archs, verbose)
+                folder.mkdir(exist_ok=True)
+                os.replace(built, library)
+    return library
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def buildable() -> str:
+    """The tiles that can be built, as a sentence."""
+    tiles = [
+        f"({m}, {n}, {stages}, {warps})"
+        for m in (64, 128, 192, 256)
+        for n in (32, 64, 96, 128, 160, 176, 256)
+        for stages in range(1, 9)
+        for warps in (4, 8, 12, 16)
+        if Variant(m, n, stages, warps).problem() is None
+    ]
+    return f"(block_m, block_n, num_stages, num_warps) can be {', '.join(tiles)}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """``python -m sparsek_vllm.build``: compile the default variant now."""
+    parser = argparse.ArgumentParser(prog="python -m sparsek_vllm.build", description=main.__doc__)
+    parser.add_argument(
+        "--arch",
+        choices=ARCHS,
+        action="append",
+        help="architecture to compile for; can be repeated (default: all)",
+    )
+    parser.add_argument(
+        "--into", type=Path, help="folder for the library (default: the cache, BSK_BUILD_DIR)"
+    )
+    parser.add_argument("--verbose", action="store_true", help="show the compiler at work")
+    options = parser.parse_args(arguments)
+    archs = options.arch or ARCHS
+    try:
+        if options.into:
+            library = build(options.into, find_tools(), DEFAULT, archs, options.verbose)
+        else:
+            cache = os.environ.get("BSK_BUILD_DIR") or "~/.cache/blackwell_sparsek/build"
+            library = cached(Path(cache).expanduser(), DEFAULT, archs, options.verbose)
+    except BuildError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(library)
+    return 0

@@ -1,0 +1,5 @@
+import sys
+
+from sparsek_vllm.build import main
+
+sys.exit(main())

@@ -1,0 +1,242 @@
+"""The kernels compile, and what came out is what it should be. No GPU is needed."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sparsek_vllm import build
+from sparsek_vllm.core import Config, kernels
+
+CUOBJDUMP = next(
+    (p for s in sys.path for p in Path(s).glob("nvidia/*/bin/cuobjdump")), Path("cuobjdump")
+)
+# Registers of the widest kernel, by thread block: two fit on a multiprocessor.
+REGISTERS = 255
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    """The kernels for sm_90, from the cache if they were compiled before."""
+    return build.cached(Config().build_path(), build.DEFAULT, ["90"])
+
+
+@pytest.fixture(scope="module")
+def wheel_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build.build(
+        tmp_path_factory.mktemp("all"), build.find_tools(), build.DEFAULT, build.ARCHS
+    )
+
+
+def dump(library: Path, *options: str) -> str:
+    return subprocess.run(
+        [CUOBJDUMP, *options, library], capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_no_local_memory_and_registers_in_budget(wheel_library: Path) -> None:
+    """For both architectures: nothing spills, and no array is indexed at run time."""
+    usage = re.findall(
+        r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)",
+        dump(wheel_library, "-res-usage"),
+    )
+    attention = [u for u in usage if "prefill_kernel" in u[0] or "decode_kernel" in u[0]]
+    assert len(attention) == 2 * 2 * 2 * 2 * 2  # kernel, dtype, head_dim, general, architecture
+    for name, registers, stack, _, local in usage:
+        assert int(stack) == 0 and int(local) == 0, name
+        assert int(registers) <= REGISTERS, name
+
+
+def test_tensor_cores_and_asynchronous_copies_are_used(library: Path) -> None:
+    sass = dump(library, "-sass")
+    for function in sass.split("Function : ")[1:]:
+        name = function.split()[0]
+        if "prefill_kernel" not in name and "decode_kernel" not in name:
+            continue
+        for instruction in ("HMMA.16816.F32", "LDSM", "LDGSTS"):
+            assert instruction in function, (name, instruction)
+        assert not re.search(r"\b(LDL|STL)\b", function), name
+
+
+def test_architectures_of_the_wheel(wheel_library: Path) -> None:
+    """Machine code for Hopper and Blackwell, and PTX for what comes later."""
+    elf = re.findall(r"sm_(\d+\w?)\.cubin", dump(wheel_library, "-lelf"))
+    ptx = re.findall(r"sm_(\d+\w?)\.ptx", dump(wheel_library, "-lptx"))
+    assert set(elf) == {"90", "100"} and set(ptx) == {"100"}
+
+
+def test_the_library_loads_without_cuda(library: Path) -> None:
+    """It needs libraries of torch and of the system, none of CUDA."""
+    out = subprocess.run(["readelf", "-d", library], capture_output=True, text=True).stdout
+    needed = set(re.findall(r"NEEDED.*\[(.*?)\]", out))
+    assert needed >= {"libtorch.so", "libtorch_cpu.so"}
+    assert not any("cuda" in name or "cublas" in name or "c10" in name for name in needed)
+
+
+def test_variants_compile_within_their_budget(tmp_path: Path) -> None:
+    """10 s and 1 GB for each."""
+    tools = build.find_tools()
+    root = build.sources()
+    for kernel in ("prefill", "decode"):
+        command = [
+            tools.nvcc, "-std=c++17", "-O3", "--use_fast_math", "-ccbin", tools.compiler,
+            "-gencode", "arch=compute_90,code=sm_90", "-DSPARSEK_DTYPE=__half",
+            "-DSPARSEK_HEAD_DIM=128", "-c", root / f"portable/{kernel}.cu", "-o", tmp_path / "o",
+        ]  # fmt: skip
+        code = (
+            "import resource, subprocess, sys\n"
+            "subprocess.run(sys.argv[1:], check=True)\n"
+            "used = resource.getrusage(resource.RUSAGE_CHILDREN)\n"
+            "print(used.ru_utime + used.ru_stime, used.ru_maxrss)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, *map(str, command)], capture_output=True, text=True
+        )
+        seconds, kilobytes = map(float, done.stdout.split())
+        print(f"{kernel}: {seconds:.1f} CPU seconds, {kilobytes / 1e6:.2f} GB")
+        assert seconds < 10 and kilobytes < 1e6
+
+
+def test_nvcc_from_pip(tmp_path: Path) -> None:
+    """The compiler that vLLM's own environment holds: no CUDA toolkit is needed."""
+    packages = ["nvidia-cuda-nvcc", "nvidia-cuda-runtime", "nvidia-cuda-cccl"]
+    install = [sys.executable, "-m", "pip", "install", "-q", "--target", str(tmp_path), *packages]
+    subprocess.run(install, check=True)
+    (home,) = {path.parent.parent for path in tmp_path.glob("nvidia/*/bin/nvcc")}
+    done = subprocess.run(
+        [sys.executable, "-m", "sparsek_vllm.build", "--arch", "90", "--into", tmp_path / "out"],
+        env={**os.environ, "CUDA_HOME": str(home)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / build.LIBRARY).exists()
+
+
+def test_two_processes_compile_once(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sparsek_vllm.build", "--arch", "90"]
+    environment = {**os.environ, "BSK_BUILD_DIR": str(tmp_path)}
+    processes = [
+        subprocess.Popen(command, env=environment, stdout=-1, stderr=-1, text=True)
+        for _ in range(2)
+    ]
+    results = [process.communicate() for process in processes]
+    assert results[0][0] == results[1][0]
+    assert sum("compiling CUDA kernels" in errors for _, errors in results) == 1
+    started = time.perf_counter()
+    again = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert again.stdout == results[0][0] and again.stderr == ""
+    assert time.perf_counter() - started < 5
+    left = {path.name for path in tmp_path.iterdir()}
+    key = Path(again.stdout.strip()).parent.name
+    assert left == {key, f"{key}.lock"}
+
+
+def test_key_changes_with_what_is_compiled(monkeypatch: Any) -> None:
+    tools = build.find_tools()
+    keys = {
+        build.key(tools, build.DEFAULT, ["90"]),
+        build.key(tools, build.DEFAULT, ["90", "100"]),
+        build.key(tools, build.Variant(fast_math=False), ["90"]),
+        build.key(build.Tools(**{**vars(tools), "cuda_version": (13, 9)}), build.DEFAULT, ["90"]),
+    }
+    assert len(keys) == 4
+
+
+def test_a_build_that_fails_says_why(tmp_path: Path) -> None:
+    wrong = build.Variant(cutlass_path="/nowhere -DSPARSEK_NUM_STAGES=1 -I.")
+    with pytest.raises(build.BuildError, match="static assertion failed"):
+        build.build(tmp_path, build.find_tools(), wrong, ["90"])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"block_m": 192}, "a warp has 16 or 32 query rows"),
+        ({"num_warps": 16}, "a warp has 16 or 32 query rows"),
+        ({"num_warps": 8, "block_m": 256, "block_n": 96}, "each warp copies an equal part"),
+        ({"num_stages": 1}, "num_stages is at least 2"),
+        ({"block_n": 128}, "do not fit its registers"),
+        ({"num_stages": 4}, r"tiles take \d+ bytes of shared memory, 101376 are allowed"),
+    ],
+)
+def test_tiles_that_cannot_be_built_are_refused(fields: dict, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason) as error:
+        kernels.variant(Config(**fields))
+    assert "(block_m, block_n, num_stages, num_warps) can be (64, 32, 2, 4), " in str(error.value)
+
+
+def test_configuration_selects_the_variant() -> None:
+    assert kernels.variant(Config()) == build.DEFAULT
+    chosen = kernels.variant(Config(block_n=32, num_stages=4, use_fast_math=False))
+    assert chosen == build.Variant(block_n=32, num_stages=4, fast_math=False)
+    assert build.namespace(chosen) != build.namespace(build.DEFAULT) == "sparsek"
+
+
+DIVISIONS = """
+#include "params.h"
+#include <cstdio>
+#include <initializer_list>
+int main() {
+  uint32_t random = 1;
+  for (uint32_t i = 1; i < 5000 + 19; ++i) {
+    const uint32_t divisor = i < 5000 ? i : 1u << (i - 5000 + 13);
+    const sparsek::FastDivisor divide(divisor);
+    for (int i = 0; i < 2000; ++i) {
+      random = random * 1664525u + 1013904223u;
+      const uint32_t near = (random >> 1) / divisor * divisor + i % 3 - 1;
+      for (uint32_t n : {random >> (1 + i % 31), near, 0u, 0x7fffffffu}) {
+        if (n < 0x80000000u && divide(static_cast<int>(n)) != static_cast<int>(n / divisor)) {
+          std::printf("%u / %u", n, divisor);
+          return 1;
+        }
+      }
+    }
+  }
+}
+"""
+
+
+def test_fast_division(tmp_path: Path) -> None:
+    """By every divisor below 5,000 and every power of two up to 2^31."""
+    (tmp_path / "test.cpp").write_text(DIVISIONS)
+    command = [build.find_tools().compiler, "-std=c++17", "-O2", f"-I{build.sources()}"]
+    subprocess.run([*command, tmp_path / "test.cpp", "-o", tmp_path / "test"], check=True)
+    assert subprocess.run([tmp_path / "test"], capture_output=True, text=True).stdout == ""
+
+
+def refusal(**changes: Any) -> str:
+    """What the CUDA side says to wrong arguments. It looks at no GPU before it has checked them."""
+    kernels.require()
+    half, lengths = torch.float16, torch.tensor([0, 4], dtype=torch.int32)
+    k = torch.zeros(2, 16, 2, 64, dtype=half)
+    arguments = {
+        "q": torch.zeros(4, 2, 64, dtype=half), "k": k, "v": k, "cu_seqlens_q": lengths,
+        "seq_lens": lengths[1:], "block_table": torch.zeros(1, 2, dtype=torch.int32),
+        "k_starts": None, "q_offsets": None, "bias": None, "sinks": None, "k_scale": None,
+        "v_scale": None, "workspace": None, "max_seqlen_q": 4, "max_seqlen_k": 4, "scale": 1.0,
+        "window_left": -1, "window_right": 0, "softcap": 0.0, "out": k, "lse": None,
+    } | changes  # fmt: skip
+    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    with pytest.raises(RuntimeError) as error:
+        torch.ops.sparsek.varlen_attention.default.redispatch(cuda, *arguments.values())
+    return str(error.value)
+
+
+def test_the_cuda_side_checks_before_it_launches() -> None:
+    k = torch.zeros(2, 16, 2, 64, dtype=torch.float16)
+    assert "k must have the dtype of q on CUDA" in refusal(k=k.float())
+    odd = torch.zeros(4 * 2 * 64 + 1, dtype=torch.float16)[1:].view(4, 2, 64)
+    assert "q must begin at a multiple of 16 bytes on CUDA" in refusal(q=odd)
+    small = k[:, :8]
+    assert "block_size must be a multiple of 16 on CUDA, got 8" in refusal(k=small, v=small)
+    assert "seq_lens must be int32 on CUDA" in refusal(seq_lens=torch.tensor([4]))
