@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from sparsek_vllm.core import DenseKV, PagedKV, varlen_attention
+from sparsek_vllm.core.ops import CUDA_DTYPES, CUDA_HEAD_DIMS
 
 try:
     from xformers.components.attention import Attention as _Attention
@@ -175,9 +176,13 @@ class SparseKFwOp(_FwOpBase):
         )
         if q.device.type not in cls.SUPPORTED_DEVICES:
             reasons.append(f"device={q.device.type} (supported: {sorted(cls.SUPPORTED_DEVICES)})")
+        on_cuda = q.device.type == "cuda"
+        dtypes = CUDA_DTYPES if on_cuda else cls.SUPPORTED_DTYPES
+        if on_cuda and q.shape[-1] not in CUDA_HEAD_DIMS:
+            reasons.append(f"query.shape[-1]={q.shape[-1]} (supported: {list(CUDA_HEAD_DIMS)})")
         for name, x in (("query", q), ("key", k), ("value", v)):
-            if x.dtype not in cls.SUPPORTED_DTYPES:
-                names = sorted(map(str, cls.SUPPORTED_DTYPES))
+            if x.dtype not in dtypes:
+                names = sorted(map(str, dtypes))
                 reasons.append(f"{name}.dtype={x.dtype} (supported: {names})")
         if not _is_supported(d.attn_bias):
             reasons.append(f"attn_bias type is {type(d.attn_bias)}")
@@ -375,22 +380,9 @@ def _pages(bias: Any, k: torch.Tensor, v: torch.Tensor) -> PagedKV:
     size, table, lengths = bias.page_size, bias.block_tables, bias.k_seqinfo.seqlen
     if k.shape[0] % size:
         raise ValueError(f"k must have whole pages of {size} rows, got {k.shape[0]} rows")
+    starts = None
     if isinstance(bias, _bias.PagedBlockDiagonalGappyKeysMask):
         starts = bias.k_seqinfo.seqstart[:-1]
         lengths = lengths - starts  # here seqlen is where the keys end
-        first_rows = bias.k_seqinfo.seqstart_py[:-1]
-        if any(first_rows):
-            # Pages so small that every request's keys begin with one.
-            part = math.gcd(size, *first_rows)
-            table = _split_pages(table, size // part, starts // part)
-            size = part
     shape = (k.shape[0] // size, size, *k.shape[1:])
-    return PagedKV(k.view(shape), v.view(shape), table, lengths)
-
-
-def _split_pages(table: torch.Tensor, parts: int, skip: torch.Tensor) -> torch.Tensor:
-    """The block table with each page cut into ``parts``, less the first ``skip`` of each row."""
-    width = table.shape[1] * parts
-    index = torch.arange(width, device=table.device) + skip.unsqueeze(1)
-    index = index.clamp_(max=width - 1)  # repeats past the end are never read
-    return table.gather(1, index // parts) * parts + (index % parts).to(table.dtype)
+    return PagedKV(k.view(shape), v.view(shape), table, lengths, starts=starts)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
-from sparsek_vllm.core import kernels
 from sparsek_vllm.core.ops import check_scale, varlen_attention
 from sparsek_vllm.core.paged_kv import DenseKV
 
@@ -32,7 +33,7 @@ def attention_forward(
         ValueError: a tensor is not on CUDA, not float16, or of the wrong shape, or ``scale`` is
             not a positive finite number.
         RuntimeError: the GPU is older than Hopper.
-        ImportError: no kernels are built.
+        ImportError: there are no kernels, and they cannot be compiled.
     """
     tensors = {"Q": Q, "K": K, "V": V}
     for name, tensor in tensors.items():
@@ -56,19 +57,13 @@ def attention_forward(
             f"head dimension D must be {' or '.join(map(str, HEAD_DIMS))}, got {head_dim}"
         )
     scale = check_scale(scale, head_dim)
-    major, minor = torch.cuda.get_device_capability(Q.device)
-    if major < 9:
-        raise RuntimeError(
-            "GPU architecture must be sm_90a or sm_100 (Hopper or Blackwell), "
-            f"got sm_{major}{minor}"
-        )
-    kernels.require()
-    # A batch entry is a request; its rows are packed as [B * S, H, D].
-    q, k, v = (t.transpose(1, 2).reshape(batch * rows, heads, head_dim) for t in tensors.values())
-    bounds = torch.arange(batch + 1, dtype=torch.int32, device=Q.device) * rows
+    # Each head of each batch entry is a request of its own: no copy, whatever B and H are.
+    packed = (batch * heads * rows, 1, head_dim)
+    q, k, v = (t.contiguous().view(packed) for t in tensors.values())
+    bounds, lengths = _uniform_lengths(batch * heads, rows, Q.device)
     out = varlen_attention(
         q,
-        DenseKV.from_cu_seqlens(k, v, bounds),
+        DenseKV(k, v, bounds[:-1], lengths),
         bounds,
         causal=False,
         scale=scale,
@@ -76,4 +71,22 @@ def attention_forward(
         max_seqlen_k=rows,
     )
     assert isinstance(out, torch.Tensor)
-    return out.view(batch, rows, heads, head_dim).transpose(1, 2)
+    return out.view(Q.shape)
+
+
+def _uniform_lengths(
+    requests: int, rows: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prefix sums and lengths of so many requests of so many rows."""
+    # What a graph captures is only written at its replay, so it is not kept.
+    if torch.cuda.is_current_stream_capturing():
+        return _uniform_lengths_kept.__wrapped__(requests, rows, device)
+    return _uniform_lengths_kept(requests, rows, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _uniform_lengths_kept(
+    requests: int, rows: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    bounds = torch.arange(requests + 1, dtype=torch.int32, device=device) * rows
+    return bounds, torch.full((requests,), rows, dtype=torch.int32, device=device)

@@ -100,19 +100,16 @@ class Config:
         if self.auto_detect_arch:
             from sparsek_vllm.core.build_info import compute_arch
 
-            detected = {"sm_90": "90a", "sm_100": "100", "sm_103": "100"}.get(compute_arch())
-            if detected is not None:
-                return detected
+            arch = compute_arch()
+            if arch == "sm_90":
+                return "90a"
+            if arch not in ("cpu", "sm_90") and int(arch.removeprefix("sm_")) >= 100:
+                return "100"  # with PTX for what comes after
         return self.cuda_arch
 
     def build_path(self) -> Path:
         """Where compiled kernels are cached."""
         return Path(self.build_dir or "~/.cache/blackwell_sparsek/build").expanduser()
-
-
-def cuda_home() -> Path:
-    """The CUDA toolkit to look for: ``CUDA_HOME``, else its usual place."""
-    return Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda-13.0")
 
 
 def _flag(name: str, default: bool) -> bool:

@@ -1,33 +1,222 @@
-"""Finding the compiled CUDA kernels and naming the path that a tensor takes."""
+"""Finding, compiling and loading the CUDA kernels, and naming the path that a tensor takes."""
 
 from __future__ import annotations
 
+import functools
+import logging
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
 import torch
+
+from sparsek_vllm import build
+from sparsek_vllm.core import config as _config
 
 SUPPORTED_ARCHS = ("sm_90a", "sm_100")
 
-MISSING = (
-    "sparsek-vllm has no CUDA kernels in this installation: version 0.1.0 carries the CPU "
-    "reference only. CPU tensors and vLLM's CPU platform work; for CUDA install a release "
-    "whose `sparsek doctor` lists kernels"
-)
+# What has kernels of its own; everything else that is supported takes the portable ones.
+_NEVER_RUN = "this GPU has never been run on: the portable kernels are used through their PTX"
+
+_logger = logging.getLogger("sparsek_vllm")
+
+# Of the portable decode kernel: thread blocks a multiprocessor, floats a thread block.
+_DECODE_BLOCKS = 2
+_DECODE_FLOATS = 2 * 16 * (128 + 2)
+
+
+def variant(config: _config.Config) -> build.Variant:
+    """What ``config`` asks to be compiled: tile fields at their defaults stay tuned.
+
+    Raises:
+        ValueError: no kernel can have these tiles; the message lists those that can be built.
+    """
+    defaults = _config.Config()
+    tiles = {
+        name: getattr(config, name)
+        for name in ("block_m", "block_n", "num_stages", "num_warps")
+        if getattr(config, name) != getattr(defaults, name)
+    }
+    wanted = build.Variant(
+        **tiles,
+        fast_math=config.use_fast_math,
+        lineinfo=config.enable_profiling,
+        debug=config.debug_mode,
+        cutlass_path=config.cutlass_path,
+    )
+    if problem := wanted.problem():
+        asked = ", ".join(f"{name}={value}" for name, value in tiles.items())
+        raise ValueError(
+            f"Config({asked}) cannot be built: {problem}. {build.buildable()}; "
+            "fields at their defaults are chosen for you"
+        )
+    return wanted
 
 
 def available() -> bool:
-    """Whether compiled kernels can be loaded."""
-    return False
+    """Whether kernels are installed, in the cache, or could be compiled here."""
+    return not describe().startswith("none")
+
+
+def describe() -> str:
+    """Where the kernels of the configuration in force come from, in words."""
+    config = _config.get_default_config()
+    wanted = variant(config)
+    if wanted == build.DEFAULT and _installed().exists():
+        return f"installed ({_installed()})"
+    try:
+        tools = build.find_tools()
+    except build.BuildError as error:
+        return f"none: {error}"
+    folder = config.build_path() / build.key(tools, wanted, _archs(config))
+    if (folder / build.LIBRARY).exists():
+        return f"compiled ({folder})"
+    return f"compiled at first use by {tools.nvcc}, into {config.build_path()}"
 
 
 def require() -> None:
-    """Load the kernels; ImportError, with the way out, where there are none."""
-    if not available():
-        raise ImportError(MISSING)
+    """Load the kernels, compiling them first where that is needed.
+
+    Raises:
+        ImportError: there are none and they cannot be compiled; the message says what is missing.
+    """
+    _load(_config.get_default_config())
+
+
+def ops(device: torch.device) -> Any:
+    """The namespace of ``torch.ops`` whose kernels serve tensors on ``device``.
+
+    Raises:
+        ImportError: CUDA, and there are no kernels.
+    """
+    if device.type == "cpu":
+        return torch.ops.sparsek
+    return getattr(torch.ops, _load(_config.get_default_config()))
 
 
 def path_for(device: torch.device) -> str:
-    """Name of the implementation that serves tensors on ``device``."""
+    """Name of the implementation that serves tensors on ``device``.
+
+    Raises:
+        ValueError: neither CPU nor CUDA.
+        RuntimeError: the GPU is older than Hopper.
+    """
     if device.type == "cpu":
         return "reference"
     if device.type == "cuda":
-        require()
+        return _cuda_path(device.index if device.index is not None else -1)
     raise ValueError(f"tensors must be on cpu or cuda, got {device}")
+
+
+@functools.cache
+def _cuda_path(index: int) -> str:
+    device = None if index < 0 else index
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 9:
+        raise RuntimeError(
+            "GPU architecture must be sm_90a or sm_100 (Hopper or Blackwell), "
+            f"got sm_{major}{minor}"
+        )
+    if major not in (9, 10):
+        name = torch.cuda.get_device_name(device)
+        _logger.warning("%s (sm_%d%d): %s", name, major, minor, _NEVER_RUN)
+    return "portable"
+
+
+_workspaces: dict[tuple[int, int], torch.Tensor] = {}
+
+
+def workspace(device: torch.device) -> torch.Tensor | None:
+    """What the kernels need beside their arguments: one for each stream, made once and kept.
+
+    Captured CUDA graphs hold on to the address. While one is captured nothing can be made (its
+    zeros would only be written at the first replay), so a stream that has none shares the
+    device's first: graphs are not to be replayed side by side on several streams.
+
+    Raises:
+        RuntimeError: a graph is being captured, and this device has no workspace yet.
+    """
+    if device.type == "cpu":
+        return None
+    stream = torch.cuda.current_stream(device)
+    key = (stream.device_index, stream.cuda_stream)
+    found = _workspaces.get(key)
+    if found is not None:
+        return found
+    if torch.cuda.is_current_stream_capturing():
+        shared = next((w for (index, _), w in _workspaces.items() if index == key[0]), None)
+        if shared is None:
+            raise RuntimeError(
+                "the first attention call on a device cannot be captured in a CUDA graph: "
+                "run the function once before capturing it"
+            )
+        return shared
+    blocks = _DECODE_BLOCKS * torch.cuda.get_device_properties(device).multi_processor_count
+    size = blocks * (_DECODE_FLOATS + 1) + 4
+    _workspaces[key] = torch.zeros(size, dtype=torch.float32, device=device)
+    return _workspaces[key]
+
+
+def _installed() -> Path:
+    """The library that the wheel carries: the default variant for every architecture."""
+    return Path(build.__file__).parent.with_name(build.LIBRARY)
+
+
+def _archs(config: _config.Config) -> tuple[str, ...]:
+    return (config.target_arch().removesuffix("a"),)
+
+
+_loaded: dict[tuple[Any, ...], str] = {}
+
+
+def _load(config: _config.Config) -> str:
+    key = tuple(getattr(config, field) for field in _CONFIG_FIELDS)
+    namespace = _loaded.get(key)
+    if namespace is None:
+        namespace = _loaded[key] = _load_variant(config)
+    return namespace
+
+
+_CONFIG_FIELDS = tuple(field.name for field in fields(_config.Config))
+_libraries: dict[build.Variant, Path] = {}
+
+
+def loaded() -> tuple[build.Variant, ...]:
+    """The variants whose kernels this process has loaded."""
+    return tuple(_libraries)
+
+
+def _load_variant(config: _config.Config) -> str:
+    wanted = variant(config)
+    namespace = build.namespace(wanted)
+    if wanted in _libraries:
+        return namespace
+    if wanted == build.DEFAULT and _installed().exists():
+        library = _installed()
+    else:
+        try:
+            library = build.cached(config.build_path(), wanted, _archs(config))
+        except build.BuildError as error:
+            raise ImportError(
+                f"sparsek-vllm has no CUDA kernels in this installation, and cannot compile "
+                f"them: {error}"
+            ) from error
+    if namespace != "sparsek":
+        _define_schemas(namespace)
+    torch.ops.load_library(str(library))
+    _libraries[wanted] = library
+    _logger.info("CUDA kernels: %s", library)
+    return namespace
+
+
+_schema_libraries: list[torch.library.Library] = []
+
+
+def _define_schemas(namespace: str) -> None:
+    """The op set once more, for a variant that is loaded beside the default one."""
+    from sparsek_vllm.core.ops import SCHEMAS
+
+    library = torch.library.Library(namespace, "DEF")
+    for schema in SCHEMAS:
+        library.define(schema)
+    _schema_libraries.append(library)

@@ -21,22 +21,25 @@ from sparsek_vllm.core.paged_kv import DenseKV, PagedKV
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 INDEX_DTYPES = (torch.int32, torch.int64)
+# What the CUDA kernels are compiled for.
+CUDA_DTYPES = (torch.float16, torch.bfloat16)
+CUDA_HEAD_DIMS = (64, 128)
 
-_library = torch.library.Library("sparsek", "DEF")
-_library.define(
+SCHEMAS = (
     "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor seq_lens, "
     "Tensor? block_table, Tensor? k_starts, Tensor? q_offsets, Tensor? bias, Tensor? sinks, "
-    "Tensor? k_scale, Tensor? v_scale, int max_seqlen_q, int max_seqlen_k, float scale, "
-    "int window_left, int window_right, float softcap, Tensor(a!) out, Tensor(b!)? lse) -> ()"
-)
-_library.define(
+    "Tensor? k_scale, Tensor? v_scale, Tensor(c!)? workspace, int max_seqlen_q, "
+    "int max_seqlen_k, float scale, int window_left, int window_right, float softcap, "
+    "Tensor(a!) out, Tensor(b!)? lse) -> ()",
     "write_kv(Tensor key, Tensor value, Tensor(a!) k_cache, Tensor(b!) v_cache, "
-    "Tensor slot_mapping, Tensor? k_scale, Tensor? v_scale) -> ()"
-)
-_library.define(
+    "Tensor slot_mapping, Tensor? k_scale, Tensor? v_scale) -> ()",
     "merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, "
-    "Tensor(a!) out, Tensor(b!) lse) -> ()"
+    "Tensor(a!) out, Tensor(b!) lse) -> ()",
 )
+
+_library = torch.library.Library("sparsek", "DEF")
+for _schema in SCHEMAS:
+    _library.define(_schema)
 for _op in (reference.varlen_attention, reference.write_kv, reference.merge_states):
     _library.impl(_op.__name__, _op, "CPU")
     # All outputs are written in place, so that tracing has nothing to infer.
@@ -69,8 +72,9 @@ def varlen_attention(
     -1 stands for no limit and ``causal`` for ``window[1] = 0``.
 
     Args:
-        q: ``[total_q, heads, head_dim]``; fp16, bf16, fp32 (fp64 on CPU); last dimension
-            contiguous.
+        q: ``[total_q, heads, head_dim]``, last dimension contiguous. On CUDA fp16 or bf16,
+            head_dim 64 or 128, and rows that begin at multiples of 16 bytes, as in k and v; on
+            CPU fp32 and fp64 too, and any head_dim.
         kv: keys and values; ``heads`` must be a multiple of their ``kv_heads``.
         cu_seqlens_q: ``[batch + 1]`` int32, prefix sums of the query lengths. Rows of ``q``
             past ``cu_seqlens_q[-1]`` (padding) are neither read nor written.
@@ -136,19 +140,20 @@ def varlen_attention(
     if debug_enabled() and paged is not None:
         _check_block_table(paged, cu_seqlens_q, q_offsets, left)
     path = kernels.path_for(q.device)
-    torch.ops.sparsek.varlen_attention(
+    arguments = (
         q,
         kv.k,
         kv.v,
         cu_seqlens_q,
         kv.seq_lens,
         paged.block_table if paged else None,
-        None if paged else kv.starts,  # type: ignore[union-attr]
+        kv.starts,
         q_offsets,
         bias,
         sinks,
         paged.k_scale if paged else None,
         paged.v_scale if paged else None,
+        kernels.workspace(q.device),
         max_seqlen_q,
         max_seqlen_k,
         scale,
@@ -158,6 +163,14 @@ def varlen_attention(
         out,
         lse,
     )
+    try:
+        kernels.ops(q.device).varlen_attention(*arguments)
+    except RuntimeError:
+        # The kernels have refused before any launch; this says it in the words of our arguments,
+        # and would cost each call as much as the launch.
+        if q.is_cuda:
+            _check_cuda_attention(q, kv, cu_seqlens_q, q_offsets)
+        raise
     stats.record("varlen_attention", path, q.shape[0])
     if return_lse:
         assert lse is not None
@@ -231,8 +244,11 @@ def write_kv(
                 f"slot_mapping must be below the {slots} slots of the cache, "
                 f"got {int(slot_mapping.max())}"
             )
+    if key.is_cuda:
+        _check("key", key, None, CUDA_DTYPES, key.device)
+        _check("k_cache", k_cache, None, (key.dtype,), key.device)
     path = kernels.path_for(key.device)
-    torch.ops.sparsek.write_kv(key, value, k_cache, v_cache, slot_mapping, k_scale, v_scale)
+    kernels.ops(key.device).write_kv(key, value, k_cache, v_cache, slot_mapping, k_scale, v_scale)
     stats.record("write_kv", path, slot_mapping.shape[0])
 
 
@@ -270,7 +286,7 @@ def merge_states(
     _check("lse_a", lse_a, (out_a.shape[1], out_a.shape[0]), (wide,), out_a.device)
     path = kernels.path_for(out_a.device)
     out, lse = torch.empty_like(out_a), torch.empty_like(lse_a)
-    torch.ops.sparsek.merge_states(out_a, lse_a, out_b, lse_b, out, lse)
+    kernels.ops(out_a.device).merge_states(out_a, lse_a, out_b, lse_b, out, lse)
     stats.record("merge_states", path, out_a.shape[0])
     return out, lse
 
@@ -331,6 +347,7 @@ def _check_attention(
                 f"block_table must have shape [batch={batch}, max_blocks], got {list(table.shape)}"
             )
         where = ("block_table", table)
+        _check("starts", kv.starts, (batch,), INDEX_DTYPES, q.device)
         _check_scales(kv.k_scale, kv.v_scale, k.shape[-2], q.device)
     else:
         _check("starts", kv.starts, (batch,), None, q.device)
@@ -354,6 +371,42 @@ def _check_attention(
     if not (isinstance(softcap, (int, float)) and math.isfinite(softcap) and softcap >= 0):
         raise ValueError(f"softcap must be 0 (off) or a positive finite number, got {softcap}")
     return heads, head_dim
+
+
+def _check_cuda_attention(
+    q: torch.Tensor,
+    kv: PagedKV | DenseKV,
+    cu_seqlens_q: torch.Tensor,
+    q_offsets: torch.Tensor | None,
+) -> None:
+    """What the kernels ask for beyond the definition of the op."""
+    _check("q", q, None, CUDA_DTYPES, q.device)
+    if q.shape[2] not in CUDA_HEAD_DIMS:
+        raise ValueError(
+            f"head_dim must be {' or '.join(map(str, CUDA_HEAD_DIMS))} on CUDA, got {q.shape[2]}"
+        )
+    # Packed keys and values have q's dtype by now.
+    _check("k", kv.k, None, (q.dtype,), q.device)
+    if isinstance(kv, PagedKV) and kv.block_size % 16:
+        raise ValueError(f"block_size of k must be a multiple of 16 on CUDA, got {kv.block_size}")
+    for name, index in (
+        ("cu_seqlens_q", cu_seqlens_q),
+        ("seq_lens", kv.seq_lens),
+        ("q_offsets", q_offsets),
+        ("starts", kv.starts),
+        ("block_table", kv.block_table if isinstance(kv, PagedKV) else None),
+    ):
+        _check(name, index, None, (torch.int32,), q.device)
+        if index is not None:
+            _check_last_stride(name, index)
+    for name, tensor in (("q", q), ("k", kv.k), ("v", kv.v)):
+        strides = [n for size, n in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+        if tensor.data_ptr() % 16 or any(n % 8 for n in strides[:-1]):
+            raise ValueError(
+                f"{name} must begin at a multiple of 16 bytes on CUDA, with strides that are "
+                f"multiples of 8 elements, got address {tensor.data_ptr():#x} and strides "
+                f"{list(tensor.stride())}"
+            )
 
 
 def _check_same(name: str, tensor: torch.Tensor, like_name: str, like: torch.Tensor) -> None:
@@ -408,16 +461,18 @@ def _check_block_table(
     lengths = kv.seq_lens.long()
     if not lengths.numel():
         return
+    starts = torch.zeros_like(lengths) if kv.starts is None else kv.starts.long()
     width = kv.block_table.shape[1]
-    pages = -(-lengths // kv.block_size)
+    pages = -(-(starts + lengths) // kv.block_size)
     if int(pages.max()) > width:
         raise ValueError(
             f"seq_lens must fit the {width} blocks of block_table, got {int(lengths.max())}"
         )
-    first = torch.zeros_like(lengths)
+    first = starts
     if left >= 0:
         offsets = lengths - cu_seqlens_q.diff() if q_offsets is None else q_offsets
-        first = (offsets - left).clamp(min=0) // kv.block_size
+        first = starts + (offsets - left).clamp(min=0)
+    first = first // kv.block_size
     page = torch.arange(width, device=lengths.device)
     ids = kv.block_table[(page >= first.unsqueeze(-1)) & (page < pages.unsqueeze(-1))]
     if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= kv.k.shape[0]):

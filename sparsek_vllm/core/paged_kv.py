@@ -14,9 +14,9 @@ import torch
 class PagedKV:
     """A paged KV cache and the part of it that each request may read.
 
-    Token ``t`` of request ``b`` lives at
-    ``k[block_table[b, t // block_size], t % block_size]``. Entries of ``block_table`` past a
-    request's last page, and slots past its last token, are never read: they may hold anything.
+    Token ``t`` of request ``b`` stands at position ``p = starts[b] + t`` of its pages, which is
+    ``k[block_table[b, p // block_size], p % block_size]``. Entries of ``block_table`` outside a
+    request's pages, and slots outside its tokens, are never read: they may hold anything.
 
     Attributes:
         k: ``[num_blocks, block_size, kv_heads, head_dim]``, any strides with the last
@@ -26,6 +26,7 @@ class PagedKV:
         seq_lens: ``[batch]``, int32, tokens in the cache for each request (0 is allowed).
         k_scale: optional float32 tensor with 1 or ``kv_heads`` elements; K is multiplied by it.
         v_scale: likewise for V.
+        starts: optional ``[batch]``, int32; by default 0 for each request.
     """
 
     k: torch.Tensor
@@ -34,6 +35,7 @@ class PagedKV:
     seq_lens: torch.Tensor
     k_scale: torch.Tensor | None = None
     v_scale: torch.Tensor | None = None
+    starts: torch.Tensor | None = None
 
     @property
     def block_size(self) -> int:

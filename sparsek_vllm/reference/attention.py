@@ -30,6 +30,7 @@ def varlen_attention(
     sinks: torch.Tensor | None,
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
+    workspace: torch.Tensor | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
     scale: float,
@@ -63,12 +64,12 @@ def varlen_attention(
             _fill_masked_rows(out_b, lse_b, sinks, top, bottom)
         if top == bottom:
             continue
+        start = starts[b] if starts is not None else 0
         if block_table is not None:
-            k_b, v_b = _gather(k, v, block_table[b], begin, end)
+            k_b, v_b = _gather(k, v, block_table[b], start + begin, start + end)
         else:
-            assert starts is not None
-            k_b = k[starts[b] + begin : starts[b] + end].transpose(0, 1)
-            v_b = v[starts[b] + begin : starts[b] + end].transpose(0, 1)
+            k_b = k[start + begin : start + end].transpose(0, 1)
+            v_b = v[start + begin : start + end].transpose(0, 1)
         k_b = _dequantize_heads(k_b, q.dtype, k_scale)
         v_b = _dequantize_heads(v_b, q.dtype, v_scale)
         bias_b = None if bias is None else bias[b, :, top:bottom, begin:end]
