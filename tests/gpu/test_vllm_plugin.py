@@ -1,4 +1,4 @@
-"""The plugin beside vLLM on a GPU: it stays out of the way, and refuses what it cannot serve."""
+"""The plugin beside vLLM on a GPU: it serves when asked to, and is out of the way when not."""
 
 from __future__ import annotations
 
@@ -7,10 +7,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
-
-from sparsek_vllm.core import kernels
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -39,7 +35,7 @@ if __name__ == "__main__":
 """
 
 
-def start(folder: Path, backend: str) -> subprocess.CompletedProcess[str]:
+def start(folder: Path, backend: str, **environment: str) -> subprocess.CompletedProcess[str]:
     (folder / "config.json").write_text(json.dumps(CONFIG))
     script = folder / "start.py"
     script.write_text(START)
@@ -47,7 +43,7 @@ def start(folder: Path, backend: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, str(script), str(folder), backend],
         capture_output=True,
         text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
     )
 
 
@@ -66,13 +62,20 @@ def test_other_backends_serve_as_before(tmp_path: Path) -> None:
     assert "generated 4" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
 
 
-@pytest.mark.skipif(kernels.available(), reason="kernels are built: the backend serves")
+def test_we_serve(tmp_path: Path) -> None:
+    done = start(tmp_path, "SPARSEK_XFORMERS")
+    assert "generated 4" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "SPARSEK_XFORMERS: path portable, kernels " in done.stdout + done.stderr
+
+
 def test_without_kernels_vllm_does_not_start(tmp_path: Path) -> None:
     """The name reaches the spawned engine, which refuses with our reason."""
-    done = start(tmp_path, "SPARSEK_XFORMERS")
+    nowhere = str(tmp_path / "nowhere")
+    done = start(tmp_path, "SPARSEK_XFORMERS", CUDA_HOME=nowhere, BSK_BUILD_DIR=nowhere)
     output = done.stdout + done.stderr
     assert done.returncode != 0
-    assert "SPARSEK_XFORMERS" in output and kernels.MISSING in output, output[-4000:]
+    assert "SPARSEK_XFORMERS" in output, output[-4000:]
+    assert f"CUDA kernels: none: nvcc is missing (CUDA_HOME is {nowhere})" in output, output[-4000:]
 
 
 def test_command_line() -> None:

@@ -1,0 +1,8 @@
+"""GPU tests share the helpers of the CPU tests."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

@@ -1,0 +1,455 @@
+"""The CUDA kernels: a matrix of shapes against float64 and FA3, graphs, variants, sanitizers.
+
+Unused slots, unused block table entries and outputs are poisoned. The property tests of the op
+set run on CUDA too (``make test-gpu``); here are the shapes that they are too small for.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import dense_oracle
+import pytest
+import torch
+
+from sparsek_vllm.core import (
+    Config,
+    DenseKV,
+    PagedKV,
+    kernels,
+    merge_states,
+    path_counts,
+    reset_path_counts,
+    set_default_config,
+    varlen_attention,
+    write_kv,
+)
+
+CUDA = torch.device("cuda")
+GARBAGE = 2**30
+TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+@dataclass
+class Batch:
+    """Requests with their keys and values scattered over the pages of a poisoned cache."""
+
+    lengths: Sequence[tuple[int, int]]  # of queries and keys
+    kv_heads: int = 2
+    group: int = 4
+    head_dim: int = 128
+    dtype: torch.dtype = torch.bfloat16
+    block: int = 16
+    layout: str = "nhd"
+    seed: int = 0
+    extra_blocks: int = 3
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(self.seed)
+        heads, dim, block = self.kv_heads, self.head_dim, self.block
+        rows = [rows for rows, _ in self.lengths]
+        self.bounds = [0, *itertools.accumulate(rows)]
+        self.q = torch.randn(self.bounds[-1], heads * self.group, dim, device=CUDA).to(self.dtype)
+        self.k = [torch.randn(n, heads, dim, device=CUDA).to(self.dtype) for _, n in self.lengths]
+        self.v = [torch.randn(n, heads, dim, device=CUDA).to(self.dtype) for _, n in self.lengths]
+        pages = [-(-n // block) for _, n in self.lengths]
+        blocks = sum(pages) + self.extra_blocks
+        shape = (blocks, heads, block) if self.layout == "hnd" else (blocks, block, heads)
+        cache = torch.full((*shape, 2 * dim), torch.nan, dtype=self.dtype, device=CUDA)
+        cache = cache.transpose(1, 2) if self.layout == "hnd" else cache
+        ids = torch.randperm(blocks)
+        table = torch.full((len(pages), max(pages) + 2), GARBAGE, dtype=torch.int32)
+        slots = []
+        for b, count in enumerate(pages):
+            own, ids = ids[:count], ids[count:]
+            table[b, :count] = own
+            tokens = torch.arange(self.lengths[b][1])
+            slots.append(own[tokens // block] * block + tokens % block)
+        self.slots = torch.cat(slots).to(CUDA)
+        self.kv = PagedKV(
+            cache[..., :dim],
+            cache[..., dim:],
+            table.to(CUDA),
+            torch.tensor([n for _, n in self.lengths], dtype=torch.int32, device=CUDA),
+        )
+        write_kv(torch.cat(self.k), torch.cat(self.v), self.kv.k, self.kv.v, self.slots)
+        self.cu_seqlens_q = torch.tensor(self.bounds, dtype=torch.int32, device=CUDA)
+
+    def dense(self) -> DenseKV:
+        gap = torch.full((3, self.kv_heads, self.head_dim), torch.nan, dtype=self.dtype).to(CUDA)
+        starts = [0, *itertools.accumulate(n + 3 for _, n in self.lengths)][:-1]
+        k, v = (torch.cat([x for t in own for x in (t, gap)]) for own in (self.k, self.v))
+        starts = torch.tensor(starts, dtype=torch.int32, device=CUDA)
+        return DenseKV(k, v, starts, self.kv.seq_lens)
+
+    def run(self, kv: PagedKV | DenseKV | None = None, **options) -> tuple[torch.Tensor, ...]:
+        out = torch.full_like(self.q, torch.nan)
+        lse = torch.full((self.q.shape[1], self.q.shape[0]), torch.nan, device=CUDA)
+        longest = [max(n) for n in zip(*self.lengths, strict=True)]
+        varlen_attention(
+            self.q,
+            kv or self.kv,
+            self.cu_seqlens_q,
+            max_seqlen_q=longest[0],
+            max_seqlen_k=longest[1],
+            out=out,
+            lse=lse,
+            **options,
+        )
+        return out, lse
+
+    def expected(self, **options) -> tuple[torch.Tensor, torch.Tensor]:
+        parts = [
+            dense_oracle.attention(self.q[a:b], k, v, **options)
+            for a, b, k, v in zip(self.bounds, self.bounds[1:], self.k, self.v, strict=False)
+        ]
+        return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts], 1)
+
+    def check(self, **options) -> None:
+        expected, expected_lse = self.expected(**options)
+        for kv in (self.kv, self.dense()):
+            reset_path_counts()
+            out, lse = self.run(kv, **options)
+            assert list(path_counts()) == ["varlen_attention:portable"]
+            again = self.run(kv, **options)
+            assert torch.equal(out, again[0]) and torch.equal(lse, again[1])
+            tolerance = TOLERANCE[self.dtype]
+            torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 7, 8, 16])
+def test_groups(group: int, head_dim: int) -> None:
+    """Every GQA ratio, in one mixed batch: decodes, a few tokens, prefill, chunked prefill."""
+    lengths = [(1, 1), (1, 777), (0, 9), (3, 200), (1, 0), (130, 130), (70, 600), (5, 5000)]
+    Batch(lengths, 2, group, head_dim, seed=group).check()
+
+
+EDGES = [n for edge in (16, 64, 128) for n in (edge - 1, edge, edge + 1)]
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["nhd", "hnd"])
+@pytest.mark.parametrize("block", [16, 32, 48, 64, 128])
+def test_pages_and_borders(block: int, layout: str, dtype: torch.dtype, head_dim: int) -> None:
+    """Lengths around every border of a tile and a page, for queries and for keys."""
+    near = [n for n in (block - 1, block, block + 1) if n > 0]
+    lengths = [(rows, max(rows, keys)) for rows in (1, 2, *EDGES) for keys in (*EDGES, *near)]
+    Batch(lengths, 1, 2, head_dim, dtype, block, layout).check()
+
+
+OPTIONS = [
+    {"causal": False},
+    {"window": (0, -1)},
+    {"window": (17, -1)},
+    {"window": (100, 30), "causal": False},
+    {"window": (-1, 5), "causal": False},
+    {"softcap": 20.0},
+    {"sinks": True},
+    {"sinks": True, "softcap": 5.0, "window": (63, -1)},
+]
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_options(options: dict, head_dim: int) -> None:
+    batch = Batch([(1, 300), (4, 4), (200, 300), (1, 3000), (64, 2000), (2, 1)], 2, 4, head_dim)
+    if options.get("sinks"):
+        options = options | {"sinks": torch.randn(8, device=CUDA).bfloat16()}
+    batch.check(**options)
+
+
+def test_random_batches() -> None:
+    """Shapes, batch sizes and options at random, up to 512 requests."""
+    for seed in range(60):
+        pick = random.Random(seed)
+        kind = pick.choice(["decode", "speculative", "prefill", "mixed"])
+        lengths = []
+        for _ in range(pick.choice([1, 2, 3, 17, 70, 512])):
+            rows = {
+                "decode": 1,
+                "speculative": pick.randint(1, 8),
+                "prefill": pick.randint(1, 200),
+                "mixed": pick.choice([0, 1, 1, 1, pick.randint(2, 40), pick.randint(41, 300)]),
+            }[kind]
+            keys = rows + pick.choice([0, 0, pick.randint(0, 100), pick.randint(0, 1500)])
+            lengths.append((rows, pick.choice([keys] * 9 + [0, keys // 2])))
+        batch = Batch(
+            lengths,
+            pick.choice([1, 2, 3, 8]) if len(lengths) < 100 else 1,
+            pick.choice([1, 2, 3, 4, 5, 6, 7, 8, 16]),
+            pick.choice([64, 128]),
+            pick.choice([torch.float16, torch.bfloat16]),
+            pick.choice([16, 32, 48, 64, 128]),
+            pick.choice(["nhd", "hnd"]),
+            seed,
+        )
+        batch.check(
+            causal=pick.random() < 0.8,
+            window=pick.choice([(-1, -1), (-1, -1), (pick.randint(0, 200), -1), (9, 40)]),
+            softcap=pick.choice([0.0, 0.0, 30.0]),
+        )
+
+
+def test_cache_beyond_32_bit_offsets() -> None:
+    """Pages whose elements lie past 2^31: 64-bit offsets in reads and writes."""
+    batch = Batch([(1, 40), (100, 100)], 8, 4, 128, extra_blocks=2**31 // (16 * 8 * 256) + 100)
+    assert batch.kv.k.shape[0] * batch.kv.k.stride(0) > 2**31
+    first, last = batch.kv.k.shape[0] - 12, batch.kv.k.shape[0] - 1
+    # All pages to the far end, written anew.
+    own = [3, 7]
+    table = torch.full_like(batch.kv.block_table, GARBAGE)
+    slots = []
+    for b, (count, begin) in enumerate(zip(own, (first, first + 3), strict=True)):
+        pages = torch.arange(begin, begin + count)
+        table[b, :count] = pages.int().to(CUDA)
+        tokens = torch.arange(batch.lengths[b][1])
+        slots.append(pages[tokens // 16] * 16 + tokens % 16)
+    assert first + 3 + 7 <= last
+    kv = PagedKV(batch.kv.k, batch.kv.v, table, batch.kv.seq_lens)
+    write_kv(torch.cat(batch.k), torch.cat(batch.v), kv.k, kv.v, torch.cat(slots).to(CUDA))
+    torch.testing.assert_close(batch.run(kv)[0].double(), batch.expected()[0], rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(
+    "lengths",
+    [[(1, 16384)] * 4, [(1, 900)] * 64, [(4, 4096)] * 4, [(2048, 2048)] * 2, [(512, 8192)]],
+    ids=["decode-long", "decode-batch", "speculative", "prefill", "chunk"],
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_error_is_that_of_flash_attention_3(dtype, lengths, head_dim) -> None:
+    """RMS error at most 1.1 times and largest error at most 1.5 times FA3's."""
+    flash = pytest.importorskip("vllm.vllm_flash_attn")
+    batch = Batch(lengths, 2, 4, head_dim, dtype)
+    expected, _ = batch.expected()
+    table = batch.kv.block_table.clamp(max=batch.kv.k.shape[0] - 1)
+    # FA3 multiplies what is past the end by zero: for it the unused slots are cleared.
+    k, v = (t.nan_to_num(0.0).contiguous() for t in (batch.kv.k, batch.kv.v))
+    theirs = flash.flash_attn_varlen_func(
+        batch.q, k, v,
+        max_seqlen_q=max(rows for rows, _ in lengths),
+        cu_seqlens_q=batch.cu_seqlens_q,
+        max_seqlen_k=max(keys for _, keys in lengths),
+        seqused_k=batch.kv.seq_lens,
+        block_table=table,
+        causal=True,
+        fa_version=3,
+    )  # fmt: skip
+    ours = (batch.run()[0].double() - expected).abs()
+    theirs = (theirs.double() - expected).abs()
+    rms = [e.square().mean().sqrt().item() for e in (ours, theirs)]
+    print(f"RMS {rms[0]:.3e} / {rms[1]:.3e}, max {ours.max():.3e} / {theirs.max():.3e}")
+    assert rms[0] <= 1.1 * rms[1]
+    assert ours.max() <= 1.5 * theirs.max()
+
+
+# CUDA graphs and synchronisation
+
+
+def test_graph_replays_with_new_lengths() -> None:
+    """A graph captured on one batch serves others of its shape, empty requests among them."""
+    batch = Batch([(1, 2000)] * 8, 2, 4, 128)
+    out = torch.empty_like(batch.q)
+
+    def step() -> None:
+        varlen_attention(
+            batch.q, batch.kv, batch.cu_seqlens_q, max_seqlen_q=1, max_seqlen_k=2048, out=out
+        )
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for lengths in ([2000] * 8, [1, 2000, 0, 17, 64, 1999, 0, 900], [0] * 8, [1] * 8, [2000] * 8):
+        batch.kv.seq_lens.copy_(torch.tensor(lengths, dtype=torch.int32))
+        out.fill_(torch.nan)
+        graph.replay()
+        for b, n in enumerate(lengths):
+            expected, _ = dense_oracle.attention(batch.q[b : b + 1], batch.k[b][:n], batch.v[b][:n])
+            torch.testing.assert_close(
+                out[b : b + 1].double(), expected, rtol=3e-2, atol=3e-2, msg=f"{lengths} {b}"
+            )
+
+
+def test_graph_replays_with_other_query_lengths() -> None:
+    """Two requests of 40 rows each became one of 1 and one of 79: both kernels are captured."""
+    batch = Batch([(40, 300), (40, 500)], 2, 4, 128)
+    out = torch.empty_like(batch.q)
+
+    def step() -> None:
+        varlen_attention(
+            batch.q, batch.kv, batch.cu_seqlens_q, max_seqlen_q=80, max_seqlen_k=512, out=out
+        )
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for first in (40, 1, 79):
+        batch.cu_seqlens_q.copy_(torch.tensor([0, first, 80], dtype=torch.int32))
+        out.fill_(torch.nan)
+        graph.replay()
+        for rows, k, v in zip((slice(0, first), slice(first, 80)), batch.k, batch.v, strict=True):
+            expected, _ = dense_oracle.attention(batch.q[rows], k, v)
+            torch.testing.assert_close(out[rows].double(), expected, rtol=3e-2, atol=3e-2)
+
+
+def test_first_call_in_a_graph_is_refused() -> None:
+    code = """
+import torch
+from sparsek_vllm.core import DenseKV, varlen_attention
+x = torch.zeros(4, 1, 64, dtype=torch.half, device="cuda")
+n = torch.tensor([0, 4], dtype=torch.int32, device="cuda")
+with torch.cuda.graph(torch.cuda.CUDAGraph()):
+    varlen_attention(x, DenseKV(x, x, n[:1], n[1:]), n, max_seqlen_q=4, max_seqlen_k=4)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "run the function once before capturing it" in done.stderr
+
+
+def test_nothing_waits_for_the_gpu() -> None:
+    batch = Batch([(1, 100), (200, 300)])
+    batch.run()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        batch.run()
+        write_kv(batch.k[0], batch.v[0], batch.kv.k, batch.kv.v, batch.slots[:100])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_streams_side_by_side() -> None:
+    """Each stream has its own workspace: split requests on two streams do not mix."""
+    batches = [Batch([(1, 8000)] * 3, seed=seed) for seed in range(2)]
+    expected = [batch.run() for batch in batches]
+    streams = [torch.cuda.Stream() for _ in batches]
+    torch.cuda.synchronize()
+    results = []
+    for _ in range(50):
+        for batch, stream in zip(batches, streams, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(batch.run())
+    torch.cuda.synchronize()
+    for i, (out, lse) in enumerate(results):
+        assert torch.equal(out, expected[i % 2][0]) and torch.equal(lse, expected[i % 2][1])
+
+
+def test_merge_of_two_halves() -> None:
+    batch = Batch([(64, 1000)], dtype=torch.float16)
+    parts = []
+    for begin, end in ((0, 500), (500, 1000)):
+        kv = DenseKV(
+            batch.k[0][begin:end],
+            batch.v[0][begin:end],
+            torch.zeros(1, dtype=torch.int32, device=CUDA),
+            torch.tensor([end - begin], dtype=torch.int32, device=CUDA),
+        )
+        offsets = torch.tensor([936 - begin], dtype=torch.int32, device=CUDA)
+        parts += varlen_attention(
+            batch.q, kv, batch.cu_seqlens_q, q_offsets=offsets, max_seqlen_q=64,
+            max_seqlen_k=500, return_lse=True,
+        )  # fmt: skip
+    out, lse = merge_states(*parts)
+    expected, expected_lse = batch.expected()
+    torch.testing.assert_close(out.double(), expected, rtol=4e-3, atol=4e-3)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-4, atol=1e-4)
+
+
+# Variants
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"block_m": 128, "block_n": 32, "num_stages": 4},
+        {"block_m": 256, "num_warps": 8, "block_n": 32},
+        {"use_fast_math": False},
+        {"debug_mode": True, "enable_profiling": True},
+        {"use_tma": False, "warp_specialized": False, "persistent_kernel": False},
+    ],
+    ids=str,
+)
+def test_variants_of_the_configuration(fields: dict) -> None:
+    """Each compiles (once), runs and is right, beside the default one in the same process."""
+    batch = Batch([(1, 300), (200, 300), (300, 1000)], 2, 4, 128)
+    batch.check()
+    try:
+        set_default_config(Config(**fields))
+        batch.check()
+        assert kernels.variant(Config(**fields)) in kernels.loaded()
+    finally:
+        set_default_config(None)
+    batch.check()
+
+
+def test_kernels_refuse_what_they_cannot_read() -> None:
+    batch = Batch([(1, 20)], 2, 4, 64, torch.float16)
+    q, kv = batch.q, batch.kv
+
+    def refused(message: str, **changes) -> None:
+        arguments = {"q": q, "kv": batch.kv, "cu_seqlens_q": batch.cu_seqlens_q} | changes
+        with pytest.raises(ValueError, match=message):
+            varlen_attention(arguments["q"], arguments["kv"], arguments["cu_seqlens_q"])
+
+    wide = torch.zeros(4, 16, 2, 64, device=CUDA)
+    refused("q must be torch.float16, torch.bfloat16, got torch.float32",
+            q=q.float(), kv=PagedKV(wide, wide, kv.block_table, kv.seq_lens))  # fmt: skip
+    odd = torch.zeros(1, 8, 65, dtype=torch.float16, device=CUDA)[..., 1:]
+    refused("q must begin at a multiple of 16 bytes on CUDA, with strides", q=odd)
+    refused("cu_seqlens_q must be torch.int32, got torch.int64",
+            cu_seqlens_q=batch.cu_seqlens_q.long())  # fmt: skip
+    small = torch.zeros(4, 8, 2, 64, dtype=torch.float16, device=CUDA)
+    refused("block_size of k must be a multiple of 16 on CUDA, got 8",
+            kv=PagedKV(small, small, kv.block_table, kv.seq_lens))  # fmt: skip
+    wide = torch.zeros(4, 16, 2, 80, dtype=torch.float16, device=CUDA)
+    refused("head_dim must be 64 or 128 on CUDA, got 80",
+            q=torch.zeros(1, 8, 80, dtype=torch.float16, device=CUDA),
+            kv=PagedKV(wide, wide, kv.block_table, kv.seq_lens))  # fmt: skip
+    fp8 = torch.zeros(4, 16, 2, 64, device=CUDA).to(torch.float8_e4m3fn)
+    refused("k must be torch.float16, got torch.float8_e4m3fn",
+            kv=PagedKV(fp8, fp8, kv.block_table, kv.seq_lens))  # fmt: skip
+
+
+# compute-sanitizer
+
+SANITIZED = """
+import sys
+sys.path[:0] = ["tests/gpu", "tests"]
+import torch
+from test_kernels import Batch
+for head_dim in (64, 128):
+    lengths = [(1, 500), (0, 3), (3, 70), (1, 0), (90, 150), (1, 1100)]
+    batch = Batch(lengths, 2, 4, head_dim)
+    for kv in (batch.kv, batch.dense()):
+        batch.run(kv)
+        batch.run(kv, window=(40, -1))
+        batch.run(kv, softcap=10.0, sinks=torch.zeros(8, device="cuda"))
+torch.cuda.synchronize()
+print("all launched")
+"""
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
+def test_compute_sanitizer(tool: str) -> None:
+    root = Path(__file__).resolve().parent.parent.parent
+    # initcheck has to see who wrote the inputs; the others look at our kernels alone.
+    ours = [] if tool == "initcheck" else ["--kernel-name", "kns=sparsek"]
+    done = subprocess.run(
+        ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", *ours,
+         sys.executable, "-c", SANITIZED],
+        capture_output=True, text=True, cwd=root,
+        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+    )  # fmt: skip
+    assert "all launched" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "ERROR SUMMARY: 0 errors" in done.stdout or "RACECHECK SUMMARY: 0" in done.stdout

@@ -1,0 +1,120 @@
+"""What vLLM can do around attention, with our backend on the GPU: the tokens stay the same.
+
+Each configuration runs in a process of its own; its greedy tokens are those of the plain run, up
+to places where the plain run's two best tokens were near each other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+NEAR = 0.1
+PROMPTS = [
+    "The capital of France is",
+    "1 2 3 4 5 6 7 8 9 10 11 12",
+    "Once upon a time there was a lighthouse keeper who",
+    "The grass is green. The sky is blue. The sun is yellow. " * 60 + "The grass is",
+    "def fibonacci(n):",
+    "Water is made of",
+] * 4
+RUN = """
+import json, sys
+from vllm import LLM, SamplingParams
+
+def tokens(llm, prompts):
+    parameters = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, logprobs=2)
+    answers = []
+    for result in llm.generate(prompts, parameters, use_tqdm=False):
+        gaps = []
+        for top in result.outputs[0].logprobs:
+            best = sorted((entry.logprob for entry in top.values()), reverse=True)
+            gaps.append(best[0] - best[1])
+        answers.append([list(result.outputs[0].token_ids), gaps])
+    return answers
+
+if __name__ == "__main__":
+    model, settings, prompts, action = sys.argv[1], *map(json.loads, sys.argv[2:])
+    llm = LLM(model, dtype="float16", max_model_len=1024, gpu_memory_utilization=0.1,
+              attention_config={"backend": "SPARSEK_XFORMERS"}, seed=0,
+              worker_extension_cls="sparsek_vllm.backends.vllm_worker.StatsExtension", **settings)
+    answers = tokens(llm, prompts)
+    if action == "sleep":
+        llm.sleep(level=1)
+        llm.wake_up()
+        again = tokens(llm, prompts)
+        assert [a[0][:5] for a in again] == [a[0][:5] for a in answers]
+        answers = again
+    paths = llm.collective_rpc("sparsek_path_counts")[0]
+    print("RESULT" + json.dumps({"answers": answers, "paths": paths}))
+"""
+LIGHT = {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
+KV = {"kv_cache_memory_bytes": 2 << 30}
+
+
+def run(model: Path, settings: dict[str, Any], action: str = "", **environment: str) -> Any:
+    arguments = [json.dumps(x) for x in ({**KV, **settings}, PROMPTS, action)]
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(model), *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    assert lines, done.stdout[-3000:] + done.stderr[-6000:]
+    result = json.loads(lines[0].removeprefix("RESULT"))
+    assert set(result["paths"]) == {"varlen_attention:portable", "write_kv:portable"}
+    return result["answers"]
+
+
+@pytest.fixture(scope="module")
+def plain(model: Path) -> Any:
+    return run(model, {"enforce_eager": True, "enable_prefix_caching": False})
+
+
+CONFIGURATIONS: dict[str, tuple[dict[str, Any], str, dict[str, str]]] = {
+    "full graphs for decode": (LIGHT, "", {}),
+    "compiled, full and piecewise graphs": ({}, "", {}),
+    "compiled, piecewise graphs": (
+        {"compilation_config": {"cudagraph_mode": "PIECEWISE"}}, "", {},
+    ),
+    "small chunks": ({**LIGHT, "max_num_batched_tokens": 128, "max_num_seqs": 16}, "", {}),
+    "pages of 64": ({**LIGHT, "block_size": 64}, "", {}),
+    "memory for one request": (
+        {**LIGHT, "kv_cache_memory_bytes": 30 << 20, "enable_prefix_caching": False}, "", {},
+    ),
+    "n-gram speculation": (
+        {
+            **LIGHT,
+            "speculative_config": {
+                "method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4,
+            },
+        },
+        "", {},
+    ),
+    "draft model": (
+        {**LIGHT, "speculative_config": {"model": "MODEL", "num_speculative_tokens": 3}}, "", {},
+    ),
+    "sleep mode": ({"enforce_eager": True, "enable_sleep_mode": True}, "sleep", {}),
+    "no async scheduling": ({**LIGHT, "async_scheduling": False}, "", {}),
+    "model runner V1": (LIGHT, "", {"VLLM_USE_V2_MODEL_RUNNER": "0"}),
+    "model runner V2": (LIGHT, "", {"VLLM_USE_V2_MODEL_RUNNER": "1"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_tokens_stay_the_same(name: str, plain: Any, model: Path) -> None:
+    settings, action, environment = CONFIGURATIONS[name]
+    settings = json.loads(json.dumps(settings).replace('"MODEL"', json.dumps(str(model))))
+    answers = run(model, settings, action, **environment)
+    for (tokens, _), (expected, gaps) in zip(answers, plain, strict=True):
+        split = next((i for i, t in enumerate(tokens) if t != expected[i]), None)
+        assert split is None or gaps[split] < NEAR, (split, gaps[split])
