@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from sparsek_vllm._version import __version__
 
@@ -23,7 +24,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.add_argument("--model", metavar="PATH", help="a model folder instead of the demo model")
     demo.add_argument("--port", type=int, default=8000)
     demo.add_argument("--timeout", type=int, default=240, help="seconds to wait for the server")
+    bench = commands.add_parser("bench", help="time kernels and serving beside installed peers")
+    bench.add_argument(
+        "sets",
+        nargs="*",
+        metavar="SET",
+        help="decode, uneven, prefill, paged-prefill, small, serve (default: all)",
+    )
+    bench.add_argument("--warm", action="store_true", help="inputs stay in the L2 cache")
+    bench.add_argument("--shape", default="llama-3.1-8b", help="model shape of the serve set")
+    bench.add_argument("--json", metavar="FILE", help="write everything measured there")
+    bench.add_argument("--plots", metavar="FOLDER", help="draw a picture for each set there")
     options = parser.parse_args(argv)
+    if options.command == "bench":
+        return _bench(options, bench)
     if options.command == "doctor":
         from sparsek_vllm.doctor import report
 
@@ -38,6 +52,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    return 0
+
+
+def _bench(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    import torch
+
+    if not torch.cuda.is_available():
+        print("sparsek bench: a CUDA GPU is needed, torch finds none", file=sys.stderr)
+        return 1
+    from sparsek_vllm.bench import kernels, report, serving
+
+    known = [*kernels.SETS, "serve"]
+    chosen = options.sets or known
+    for name in chosen:
+        if name not in known:
+            parser.error(f"SET must be one of {', '.join(known)}, got {name}")
+    if options.shape not in serving.SHAPES:
+        parser.error(f"--shape must be one of {', '.join(serving.SHAPES)}, got {options.shape}")
+    environment = kernels.environment()
+    print(", ".join(f"{key} {value}" for key, value in environment.items()))
+    print("L2 cache: " + ("warm" if options.warm else "cold, inputs rotate") + "\n", flush=True)
+    measured = {}
+    for name in chosen:
+        if name in kernels.SETS:
+            measured[name] = list(kernels.SETS[name](options.warm))
+            print(report.table(name, measured[name]) + "\n", flush=True)
+    served = serving.run(options.shape) if "serve" in chosen else None
+    if options.json:
+        Path(options.json).write_text(report.as_json(environment, measured, served))
+    if options.plots:
+        for path in report.plot(Path(options.plots), environment, measured):
+            print(path)
     return 0
 
 

@@ -1,0 +1,1 @@
+"""``sparsek bench``: our kernels and every installed peer, timed side by side."""

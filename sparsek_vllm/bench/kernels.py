@@ -1,0 +1,499 @@
+"""Kernel benchmarks: decode, prefill, paged prefill and small latencies, against every peer.
+
+Inputs are normally distributed. Decode and paged prefill read a cache as vLLM lays it out, K and V
+side by side in the last dimension.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from sparsek_vllm.bench.timing import Call, copies_beyond_l2, time_in_graphs, time_launches
+from sparsek_vllm.core import DenseKV, PagedKV, attention_forward, kernels, varlen_attention
+
+OURS = "sparsek"
+_DEVICE = "cuda"
+
+
+@dataclass
+class Row:
+    """One line of a table: times in microseconds, and the work done."""
+
+    name: str
+    times: dict[str, float]
+    work: float
+    unit: str  # what work over time is: "TB/s" or "TFLOP/s"
+    apart: dict[str, float] = field(default_factory=dict)
+    apart_title: str = ""
+
+    def rate(self, contender: str) -> float:
+        return self.work / self.times[contender] / 1e6
+
+    def best_peer(self) -> str | None:
+        peers = [name for name in self.times if name != OURS]
+        return min(peers, key=self.times.__getitem__) if peers else None
+
+
+@dataclass
+class Paged:
+    """Requests over a paged cache, in several copies."""
+
+    rows: Sequence[int]  # query tokens of each request
+    keys: Sequence[int]
+    head_dim: int
+    page: int
+    heads: int = 32
+    kv_heads: int = 8
+    dtype: torch.dtype = torch.bfloat16
+    warm: bool = False
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(0)
+        pages = [-(-n // self.page) for n in self.keys]
+        self.kv_bytes = 4 * sum(self.keys) * self.kv_heads * self.head_dim
+        self.copies = 1 if self.warm else copies_beyond_l2(self.kv_bytes)
+        self.cu_seqlens_q = _prefix_sums(self.rows)
+        self.seq_lens = torch.tensor(self.keys, dtype=torch.int32, device=_DEVICE)
+        self.pages = torch.tensor(pages, dtype=torch.int32)
+        shape = (sum(pages), self.page, self.kv_heads, 2 * self.head_dim)
+        self.q, self.k, self.v, self.tables, self.page_lists = [], [], [], [], []
+        for _ in range(self.copies):
+            q = torch.empty(
+                sum(self.rows), self.heads, self.head_dim, dtype=self.dtype, device=_DEVICE
+            )
+            self.q.append(q.normal_())
+            cache = torch.empty(shape, dtype=self.dtype, device=_DEVICE).normal_()
+            self.k.append(cache[..., : self.head_dim])
+            self.v.append(cache[..., self.head_dim :])
+            ids = torch.randperm(sum(pages)).int()
+            table = torch.zeros(len(pages), max(pages), dtype=torch.int32)
+            for b, own in enumerate(ids.split(pages)):
+                table[b, : len(own)] = own
+            self.tables.append(table.to(_DEVICE))
+            self.page_lists.append(ids.to(_DEVICE))
+        self.out = torch.empty_like(self.q[0])
+        self.scale = self.head_dim**-0.5
+        self.plans: dict[str, Call] = {}
+
+    def contenders(self) -> dict[str, Call]:
+        calls: dict[str, Call] = {OURS: self.ours()}
+        for name, make in (
+            ("FA3", self.flash_attention),
+            ("FlashInfer", self.flashinfer),
+            ("Triton", self.triton),
+        ):
+            call = make()
+            if call is not None:
+                calls[name] = call
+        return calls
+
+    def ours(self) -> Call:
+        caches = [
+            PagedKV(k, v, table, self.seq_lens)
+            for k, v, table in zip(self.k, self.v, self.tables, strict=True)
+        ]
+        longest = max(self.rows), max(self.keys)
+
+        def call(i: int) -> object:
+            i %= self.copies
+            return varlen_attention(
+                self.q[i],
+                caches[i],
+                self.cu_seqlens_q,
+                max_seqlen_q=longest[0],
+                max_seqlen_k=longest[1],
+                out=self.out,
+            )
+
+        return call
+
+    def flash_attention(self) -> Call | None:
+        """FA3 as vLLM calls it under CUDA graphs, with its scheduler's plan made beforehand."""
+        flash = _module("vllm.vllm_flash_attn")
+        if flash is None:
+            return None
+        longest = max(self.rows), max(self.keys)
+        decode = longest[0] <= 16
+        splits = 32 if decode else 0
+
+        def make_plan(i: int = 0) -> Any:
+            return flash.get_scheduler_metadata(
+                batch_size=len(self.rows),
+                max_seqlen_q=longest[0],
+                max_seqlen_k=longest[1],
+                num_heads_q=self.heads,
+                num_heads_kv=self.kv_heads,
+                headdim=self.head_dim,
+                cache_seqlens=self.seq_lens,
+                qkv_dtype=self.dtype,
+                cu_seqlens_q=self.cu_seqlens_q,
+                page_size=self.page,
+                causal=True,
+                num_splits=splits,
+            )
+
+        self.plans["FA3"] = make_plan
+        plan = make_plan()
+
+        def call(i: int) -> object:
+            i %= self.copies
+            return flash.flash_attn_varlen_func(
+                self.q[i],
+                self.k[i],
+                self.v[i],
+                out=self.out,
+                max_seqlen_q=longest[0],
+                cu_seqlens_q=self.cu_seqlens_q,
+                max_seqlen_k=longest[1],
+                seqused_k=self.seq_lens,
+                softmax_scale=self.scale,
+                causal=True,
+                block_table=self.tables[i],
+                scheduler_metadata=plan,
+                num_splits=splits,
+                fa_version=3,
+            )
+
+        return call
+
+    def flashinfer(self) -> Call | None:
+        flashinfer = _module("flashinfer")
+        if flashinfer is None or max(self.rows) != 1:
+            return None
+        indptr = torch.zeros(len(self.rows) + 1, dtype=torch.int32)
+        indptr[1:] = self.pages.cumsum(0)
+        last = torch.tensor([(n - 1) % self.page + 1 for n in self.keys], dtype=torch.int32)
+        wrappers = []
+        for ids in self.page_lists:
+            space = torch.empty(256 << 20, dtype=torch.uint8, device=_DEVICE)
+            wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+                space,
+                "NHD",
+                use_cuda_graph=True,
+                use_tensor_cores=True,
+                paged_kv_indptr_buffer=indptr.to(_DEVICE),
+                paged_kv_indices_buffer=ids.clone(),
+                paged_kv_last_page_len_buffer=last.to(_DEVICE),
+            )
+
+            def make_plan(i: int = 0, wrapper: Any = wrapper, ids: torch.Tensor = ids) -> object:
+                return wrapper.plan(
+                    indptr,
+                    ids,
+                    last,
+                    self.heads,
+                    self.kv_heads,
+                    self.head_dim,
+                    self.page,
+                    q_data_type=self.dtype,
+                    kv_data_type=self.dtype,
+                )
+
+            make_plan()
+            self.plans["FlashInfer"] = make_plan
+            wrappers.append(wrapper)
+            if self.copies > 4 and len(wrappers) == 4:
+                break  # 256 MB of workspace each; the caches still rotate
+
+        def call(i: int) -> object:
+            i %= self.copies
+            cache = (self.k[i], self.v[i])
+            return wrappers[i % len(wrappers)].run(self.q[i], cache, out=self.out)
+
+        return call
+
+    def triton(self) -> Call | None:
+        module = _module("vllm.v1.attention.ops.triton_unified_attention")
+        if module is None:
+            return None
+        longest = max(self.rows), max(self.keys)
+        segments = 16
+        padded = 1 << (self.head_dim - 1).bit_length()
+        shape = (sum(self.rows), self.heads, segments)
+        parts = torch.empty(*shape, padded, dtype=torch.float32, device=_DEVICE)
+        peaks, sums = (torch.empty(shape, dtype=torch.float32, device=_DEVICE) for _ in range(2))
+
+        def call(i: int) -> object:
+            i %= self.copies
+            return module.unified_attention(
+                q=self.q[i],
+                k=self.k[i],
+                v=self.v[i],
+                out=self.out,
+                cu_seqlens_q=self.cu_seqlens_q,
+                max_seqlen_q=longest[0],
+                seqused_k=self.seq_lens,
+                max_seqlen_k=longest[1],
+                softmax_scale=self.scale,
+                causal=True,
+                window_size=(-1, -1),
+                block_table=self.tables[i],
+                softcap=0,
+                q_descale=None,
+                k_descale=None,
+                v_descale=None,
+                seq_threshold_3D=128 // self.kv_heads,
+                num_par_softmax_segments=segments,
+                softmax_segm_output=parts,
+                softmax_segm_max=peaks,
+                softmax_segm_expsum=sums,
+            )
+
+        return call
+
+
+@dataclass
+class Dense:
+    """Equal requests over packed keys and values: 16,384 tokens in all."""
+
+    length: int
+    head_dim: int
+    causal: bool
+    heads: int
+    batch: int
+    dtype: torch.dtype = torch.float16
+    warm: bool = False
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(0)
+        shape = (self.batch, self.length, self.heads, self.head_dim)
+        size = 8 * self.batch * self.length * self.heads * self.head_dim
+        self.copies = 1 if self.warm else copies_beyond_l2(size)
+        self.inputs = [
+            [torch.randn(shape, device=_DEVICE).to(self.dtype) for _ in "qkv"]
+            for _ in range(self.copies)
+        ]
+        self.flops = 4 * self.batch * self.heads * self.length**2 * self.head_dim
+        self.flops //= 2 if self.causal else 1
+
+    def contenders(self) -> dict[str, Call]:
+        calls: dict[str, Call] = {OURS: self.ours()}
+        fa3 = self.flash_attention()
+        if fa3 is not None:
+            calls["FA3"] = fa3
+        calls["cuDNN"] = self.sdpa("CUDNN_ATTENTION")
+        calls["FA2"] = self.sdpa("FLASH_ATTENTION")
+        return calls
+
+    def _packed(self) -> list[list[torch.Tensor]]:
+        return [[t.view(-1, self.heads, self.head_dim) for t in own] for own in self.inputs]
+
+    def ours(self) -> Call:
+        bounds = _prefix_sums([self.length] * self.batch)
+        packed = self._packed()
+        kv = [DenseKV.from_cu_seqlens(k, v, bounds) for _, k, v in packed]
+        out = torch.empty_like(packed[0][0])
+
+        def call(i: int) -> object:
+            i %= self.copies
+            return varlen_attention(
+                packed[i][0],
+                kv[i],
+                bounds,
+                causal=self.causal,
+                max_seqlen_q=self.length,
+                max_seqlen_k=self.length,
+                out=out,
+            )
+
+        return call
+
+    def flash_attention(self) -> Call | None:
+        flash = _module("vllm.vllm_flash_attn")
+        if flash is None:
+            return None
+        bounds = _prefix_sums([self.length] * self.batch)
+        packed = self._packed()
+        out = torch.empty_like(packed[0][0])
+
+        def call(i: int) -> object:
+            q, k, v = packed[i % self.copies]
+            return flash.flash_attn_varlen_func(
+                q,
+                k,
+                v,
+                out=out,
+                max_seqlen_q=self.length,
+                cu_seqlens_q=bounds,
+                max_seqlen_k=self.length,
+                cu_seqlens_k=bounds,
+                causal=self.causal,
+                fa_version=3,
+            )
+
+        return call
+
+    def sdpa(self, backend: str) -> Call:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        views = [[t.transpose(1, 2) for t in own] for own in self.inputs]
+        attend: Any = torch.nn.functional.scaled_dot_product_attention
+
+        def call(i: int) -> object:
+            with sdpa_kernel(getattr(SDPBackend, backend)):
+                return attend(*views[i % self.copies], is_causal=self.causal)
+
+        return call
+
+
+def decode(warm: bool) -> Iterator[Row]:
+    """One query token a request, 32/8 heads, bf16."""
+    for head_dim in (128, 64):
+        for page in (16, 64):
+            for batch, context in DECODE_SHAPES:
+                case = Paged([1] * batch, [context] * batch, head_dim, page, warm=warm)
+                yield _bandwidth_row(f"{batch} x {context} D={head_dim} page {page}", case)
+
+
+def uneven(warm: bool) -> Iterator[Row]:
+    """Decode batches that are not uniform, or of other heads or query lengths, page 16."""
+    lengths = random.Random(0)
+    lognormal = [max(1, min(32768, int(lengths.lognormvariate(7.8, 0.8)))) for _ in range(128)]
+    for head_dim in (128, 64):
+        cases = {
+            "128 lognormal": Paged([1] * 128, lognormal, head_dim, 16, warm=warm),
+            "1 x 131072 with 63 x 1024": Paged(
+                [1] * 64, [131072] + [1024] * 63, head_dim, 16, warm=warm
+            ),
+            "4 query tokens, 16 x 16384": Paged([4] * 16, [16384] * 16, head_dim, 16, warm=warm),
+        }
+        for name, case in cases.items():
+            yield _bandwidth_row(f"{name} D={head_dim}", case)
+    for name, heads, kv_heads, batch, context, head_dim in (
+        ("heads 32/32", 32, 32, 16, 4096, 128),
+        ("heads 64/4", 64, 4, 16, 16384, 128),
+        ("heads 4/1", 4, 1, 64, 8192, 128),
+        ("heads 9/3", 9, 3, 8, 4096, 64),
+    ):
+        case = Paged(
+            [1] * batch, [context] * batch, head_dim, 16, heads=heads, kv_heads=kv_heads, warm=warm
+        )
+        yield _bandwidth_row(f"{name}, {batch} x {context} D={head_dim}", case)
+
+
+def prefill(warm: bool) -> Iterator[Row]:
+    """Packed keys, fp16, 16,384 tokens; causal counts half the operations."""
+    for head_dim, heads in ((64, 32), (128, 16)):
+        for causal in (True, False):
+            for length in (512, 2048, 8192, 16384):
+                case = Dense(length, head_dim, causal, heads, 16384 // length, warm=warm)
+                times = time_in_graphs(case.contenders(), case.copies)
+                mask = "causal" if causal else "full"
+                yield Row(f"S={length} D={head_dim} {mask}", times, case.flops, "TFLOP/s")
+
+
+def paged_prefill(warm: bool) -> Iterator[Row]:
+    """Causal, bf16, 32/8 heads: batch x new tokens on total context."""
+    for head_dim in (128, 64):
+        for page in (16, 64):
+            for batch, rows, keys in PAGED_PREFILL_SHAPES:
+                case = Paged([rows] * batch, [keys] * batch, head_dim, page, warm=warm)
+                calls = case.contenders()
+                calls.pop("FlashInfer", None)
+                times = time_in_graphs(calls, case.copies)
+                seen = batch * (rows * keys - rows * (rows - 1) // 2)
+                name = f"{batch} x {rows} on {keys} D={head_dim} page {page}"
+                yield Row(name, times, 4 * 32 * head_dim * seen, "TFLOP/s")
+
+
+def small(warm: bool) -> Iterator[Row]:
+    """``attention_forward`` on [B, H, S, D] against SDPA; apart, from call to call in Python."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    attend: Any = torch.nn.functional.scaled_dot_product_attention
+    for batch, heads in ((1, 8), (1, 96), (16, 96)):
+        shape = (batch, heads, 512, 64)
+        copies = 1 if warm else copies_beyond_l2(8 * batch * heads * 512 * 64)
+        inputs = [[torch.randn(shape, device=_DEVICE).half() for _ in "qkv"] for _ in range(copies)]
+
+        def on(
+            function: Callable[..., Any],
+            inputs: list[list[torch.Tensor]] = inputs,
+            copies: int = copies,
+        ) -> Call:
+            return lambda i: function(*inputs[i % copies])
+
+        def cudnn(*qkv: torch.Tensor) -> object:
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                return attend(*qkv)
+
+        calls = {OURS: on(attention_forward), "SDPA": on(attend), "cuDNN": on(cudnn)}
+        times = time_in_graphs(calls, copies)
+        flops = 4 * batch * heads * 512 * 512 * 64
+        name = f"B={batch} H={heads} S=512 D=64"
+        yield Row(name, times, flops, "TFLOP/s", time_launches(calls), "Launched from Python, us")
+
+
+DECODE_SHAPES = (
+    (1, 1024),
+    (1, 16384),
+    (1, 131072),
+    (16, 1024),
+    (16, 16384),
+    (64, 4096),
+    (256, 1024),
+    (8, 131072),
+)
+PAGED_PREFILL_SHAPES = ((1, 8192, 8192), (4, 2048, 2048), (1, 2048, 32768), (16, 512, 4096))
+SETS: dict[str, Callable[[bool], Iterator[Row]]] = {
+    "decode": decode,
+    "uneven": uneven,
+    "prefill": prefill,
+    "paged-prefill": paged_prefill,
+    "small": small,
+}
+
+
+def _bandwidth_row(name: str, case: Paged) -> Row:
+    calls = case.contenders()
+    _check_agreement(name, calls, case.out)
+    times = time_in_graphs(calls, case.copies)
+    plans = time_launches(case.plans)
+    return Row(name, times, case.kv_bytes, "TB/s", plans, "Plan made before, us")
+
+
+def _check_agreement(name: str, calls: dict[str, Call], out: torch.Tensor) -> None:
+    """A contender that computes something else is not one."""
+    results = {}
+    for contender, call in calls.items():
+        out.zero_()
+        call(0)
+        results[contender] = out.float().clone()
+    for contender, result in results.items():
+        difference = (result - results[OURS]).abs().max().item()
+        if not difference < 0.05:
+            raise RuntimeError(f"{name}: {contender} and {OURS} differ by {difference}")
+
+
+def _prefix_sums(lengths: Sequence[int]) -> torch.Tensor:
+    sums = torch.tensor([0, *lengths]).cumsum(0)
+    return sums.to(torch.int32).to(_DEVICE)
+
+
+def _module(name: str) -> Any:
+    if find_spec(name.split(".")[0]) is None:
+        return None
+    import importlib
+
+    return importlib.import_module(name)
+
+
+def environment() -> dict[str, str]:
+    """What the figures were measured with."""
+    from importlib import metadata
+
+    found = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+    found["cuda"] = str(torch.version.cuda)
+    found["kernels"] = kernels.describe().split(" (")[0]
+    for package in ("sparsek-vllm", "vllm", "flashinfer-python", "triton"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
