@@ -13,13 +13,17 @@ demo: $(READY)
 test: lint
 	$(BIN)/python -m pytest tests --ignore tests/gpu
 
-test-gpu:
-	$(PYTHON) -m pytest tests/gpu
+# The op tests of `make test` on CUDA, and what only a GPU can run.
+test-gpu: $(READY)
+	SPARSEK_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/test_ops_properties.py tests/test_utils.py
+	SPARSEK_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/test_xformers.py -m on_cuda
+	$(BIN)/python -m pytest tests/gpu
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*')
 
 $(READY): pyproject.toml .ci/venv.sh
 	PYTHON=$(PYTHON) bash .ci/venv.sh $(VENV)
