@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import api_reference
 import pytest
 
+from sparsek_vllm._version import __version__
 from sparsek_vllm.demo import SERVED_NAME, DemoError, Server
 
 FP32 = ("--dtype", "float32", "--max-model-len", "2048")
@@ -97,6 +99,15 @@ async def give_up(api: Any, topic: str) -> None:
 def test_the_log_says_which_backend_runs(server: Server) -> None:
     assert "vllm" in server.command[0]
     assert "Using SPARSEK_XFORMERS backend (CPU reference path)." in server.log.read_text()
+
+
+def test_the_metrics_say_which_path_runs(server: Server) -> None:
+    with urllib.request.urlopen(f"{server.url}/metrics") as answer:
+        lines = answer.read().decode().splitlines()
+    info = 'sparsek:attention_info{path="reference",variant="default",version="%s"} 1.0'
+    assert info % __version__ in lines
+    # vLLM's own are still there.
+    assert any(line.startswith("vllm:num_requests_running{") for line in lines)
 
 
 def test_thirty_two_parallel_clients(server: Server) -> None:

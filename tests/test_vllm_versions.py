@@ -19,6 +19,7 @@ from wheels import wheel_sources
 
 from sparsek_vllm.backends import vllm as ours
 from sparsek_vllm.backends import vllm_compat
+from sparsek_vllm.backends.vllm_metrics import AttentionInfo
 
 VERSIONS = ("0.26.0", "0.33.0")
 PAIRS = {
@@ -109,6 +110,22 @@ def test_what_the_layer_calls(version: str) -> None:
     names = {item.name: item for item in interface.body if isinstance(item, ast.FunctionDef)}
     arguments = [a.arg for a in names["get_attn_backend_cls"].args.args]
     assert arguments == ["cls", "selected_backend", "attn_selector_config", "num_heads"]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_metrics_plugin(version: str) -> None:
+    """The entry point group and the class that vLLM asks for."""
+    plugins = (sources(version) / "vllm/plugins/__init__.py").read_text()
+    assert 'STAT_LOGGER_PLUGINS_GROUP = "vllm.stat_logger_plugins"' in plugins
+    node = classes(version, "vllm/v1/metrics/loggers.py")["StatLoggerBase"]
+    abstract = {i.name for i in node.body if isinstance(i, ast.FunctionDef) and i.decorator_list}
+    assert abstract == {"__init__", "record", "log_engine_initialized"} <= set(vars(AttentionInfo))
+    configs = {
+        item.target.id
+        for item in classes(version, "vllm/config/vllm.py")["VllmConfig"].body
+        if isinstance(item, ast.AnnAssign)
+    }
+    assert "attention_config" in configs
 
 
 def run_with(version: str, code: str) -> str:

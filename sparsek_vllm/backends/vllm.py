@@ -20,7 +20,13 @@ from vllm.v1.attention.backend import (
 )
 
 from sparsek_vllm.backends import vllm_compat
-from sparsek_vllm.core import PagedKV, kernels, varlen_attention, write_kv
+from sparsek_vllm.core import (
+    PagedKV,
+    get_default_config,
+    kernels,
+    varlen_attention,
+    write_kv,
+)
 from sparsek_vllm.kv_cache import kv_views
 
 # vLLM shows what loggers under its own name say.
@@ -178,9 +184,10 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
             kernels.require()
             kernels.workspace(device)
         _logger.info_once(
-            "%s: path %s, kernels %s",
+            "%s: path %s, variant %s, kernels %s",
             vllm_compat.BACKEND_NAME,
             kernels.path_for(device),
+            kernels.variant(get_default_config()),
             "none needed" if device.type == "cpu" else kernels.describe(),
         )
 

@@ -63,6 +63,10 @@ class Variant:
     debug: bool = False
     cutlass_path: str | None = None
 
+    def __str__(self) -> str:
+        changed = {k: v for k, v in vars(self).items() if v != getattr(Variant, k)}
+        return ",".join(f"{name}={value}" for name, value in changed.items()) or "default"
+
     def problem(self) -> str | None:
         """Why no kernel can have these tiles; None if one can."""
         slice_ = min(16, self.block_n // self.num_warps)
@@ -119,6 +123,11 @@ def sources() -> Path:
     """The folder ``csrc``: inside the installed package, or beside it in a checkout."""
     package = Path(__file__).parent.parent
     return next(p for p in (package / "csrc", package.parent / "csrc") if (p / "ops.cu").exists())
+
+
+def installed() -> Path:
+    """Where a wheel carries its library, there or not: the default variant, every architecture."""
+    return Path(__file__).parent.parent / LIBRARY
 
 
 def find_tools() -> Tools:
@@ -334,7 +343,7 @@ def buildable() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """``python -m sparsek_vllm.build``: compile the default variant now."""
+    """``python -m sparsek_vllm.build``: compile the default variant now, into the cache."""
     parser = argparse.ArgumentParser(prog="python -m sparsek_vllm.build", description=main.__doc__)
     parser.add_argument(
         "--arch",
@@ -342,20 +351,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="append",
         help="architecture to compile for; can be repeated (default: all)",
     )
-    parser.add_argument(
-        "--into", type=Path, help="folder for the library (default: the cache, BSK_BUILD_DIR)"
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument("--into", type=Path, help="folder for one library of all architectures")
+    place.add_argument(
+        "--in-place",
+        action="store_const",
+        dest="into",
+        const=installed().parent,
+        help="one library inside the installed package, as a wheel with kernels carries it",
     )
     parser.add_argument("--verbose", action="store_true", help="show the compiler at work")
     options = parser.parse_args(arguments)
     archs = options.arch or ARCHS
     try:
         if options.into:
-            library = build(options.into, find_tools(), DEFAULT, archs, options.verbose)
+            print(build(options.into, find_tools(), DEFAULT, archs, options.verbose))
         else:
             cache = os.environ.get("BSK_BUILD_DIR") or "~/.cache/blackwell_sparsek/build"
-            library = cached(Path(cache).expanduser(), DEFAULT, archs, options.verbose)
+            # One library each: the first use looks for that of its GPU alone.
+            for arch in archs:
+                print(cached(Path(cache).expanduser(), DEFAULT, [arch], options.verbose))
     except BuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(library)
     return 0

@@ -15,9 +15,6 @@ from sparsek_vllm.core import config as _config
 
 SUPPORTED_ARCHS = ("sm_90a", "sm_100")
 
-# What has kernels of its own; everything else that is supported takes the portable ones.
-_NEVER_RUN = "this GPU has never been run on: the portable kernels are used through their PTX"
-
 _logger = logging.getLogger("sparsek_vllm")
 
 # Of the portable decode kernel: thread blocks a multiprocessor, floats a thread block.
@@ -62,8 +59,8 @@ def describe() -> str:
     """Where the kernels of the configuration in force come from, in words."""
     config = _config.get_default_config()
     wanted = variant(config)
-    if wanted == build.DEFAULT and _installed().exists():
-        return f"installed ({_installed()})"
+    if wanted == build.DEFAULT and build.installed().exists():
+        return f"installed ({build.installed()})"
     try:
         tools = build.find_tools()
     except build.BuildError as error:
@@ -111,15 +108,29 @@ def path_for(device: torch.device) -> str:
 @functools.cache
 def _cuda_path(index: int) -> str:
     device = None if index < 0 else index
-    major, minor = torch.cuda.get_device_capability(device)
+    capability = torch.cuda.get_device_capability(device)
+    path = path_for_capability(*capability)
+    if capability[0] != 9:
+        _logger.warning(
+            "%s (sm_%d%d) has never been run on: the portable kernels are used, from machine code "
+            "for sm_100 or through its PTX",
+            torch.cuda.get_device_name(device),
+            *capability,
+        )
+    return path
+
+
+def path_for_capability(major: int, minor: int) -> str:
+    """Name of the implementation on a GPU of that compute capability.
+
+    Raises:
+        RuntimeError: it is older than Hopper.
+    """
     if major < 9:
         raise RuntimeError(
             "GPU architecture must be sm_90a or sm_100 (Hopper or Blackwell), "
             f"got sm_{major}{minor}"
         )
-    if major not in (9, 10):
-        name = torch.cuda.get_device_name(device)
-        _logger.warning("%s (sm_%d%d): %s", name, major, minor, _NEVER_RUN)
     return "portable"
 
 
@@ -157,11 +168,6 @@ def workspace(device: torch.device) -> torch.Tensor | None:
     return _workspaces[key]
 
 
-def _installed() -> Path:
-    """The library that the wheel carries: the default variant for every architecture."""
-    return Path(build.__file__).parent.with_name(build.LIBRARY)
-
-
 def _archs(config: _config.Config) -> tuple[str, ...]:
     return (config.target_arch().removesuffix("a"),)
 
@@ -191,8 +197,8 @@ def _load_variant(config: _config.Config) -> str:
     namespace = build.namespace(wanted)
     if wanted in _libraries:
         return namespace
-    if wanted == build.DEFAULT and _installed().exists():
-        library = _installed()
+    if wanted == build.DEFAULT and build.installed().exists():
+        library = build.installed()
     else:
         try:
             library = build.cached(config.build_path(), wanted, _archs(config))
