@@ -11,12 +11,13 @@ demo: $(READY)
 	$(BIN)/sparsek demo $(if $(ASK),--ask "$(ASK)") --port 0
 
 test: lint
-	$(BIN)/python -m pytest tests --ignore tests/gpu
+	$(BIN)/python -m pytest tests --ignore tests/gpu --ignore tests/test_kernels.py
+	SPARSEK_TEST_DEVICE=emulated $(BIN)/python -m pytest tests -m on_kernels --ignore tests/gpu
 
-# The op tests of `make test` on CUDA, and what only a GPU can run.
+# The tests of the kernels on CUDA, and what only a GPU can run.
 test-gpu: $(READY)
-	SPARSEK_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/test_ops_properties.py tests/test_utils.py
-	SPARSEK_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/test_xformers.py -m on_cuda
+	SPARSEK_TEST_DEVICE=cuda $(BIN)/python -m pytest tests -m on_kernels --ignore tests/gpu
+	SPARSEK_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/test_utils.py
 	$(BIN)/python -m pytest tests/gpu
 
 lint: $(READY)

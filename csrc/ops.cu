@@ -61,10 +61,15 @@ class DeviceScope {
   cudaStream_t stream_ = nullptr;
 };
 
+void check_last_stride(const char* name, const Tensor& tensor) {
+  const int64_t last = tensor.dim() - 1;
+  check(tensor.size(last) <= 1 || tensor.stride(last) == 1,
+        std::string(name) + " must be contiguous in its last dimension on CUDA");
+}
+
 const int* int32_data(const char* name, const Tensor& tensor) {
   check(tensor.scalar_type() == ScalarType::Int, std::string(name) + " must be int32 on CUDA");
-  const bool packed = tensor.size(tensor.dim() - 1) <= 1 || tensor.stride(tensor.dim() - 1) == 1;
-  check(packed, std::string(name) + " must be contiguous in its last dimension on CUDA");
+  check_last_stride(name, tensor);
   return static_cast<const int*>(tensor.data_ptr());
 }
 
@@ -140,9 +145,9 @@ void varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
                       const OptionalTensor& k_starts, const OptionalTensor& q_offsets,
                       const OptionalTensor& bias, const OptionalTensor& sinks,
                       const OptionalTensor& k_scale, const OptionalTensor& v_scale,
-                      const OptionalTensor& workspace, int64_t max_seqlen_q, int64_t max_seqlen_k,
-                      double scale, int64_t window_left, int64_t window_right, double softcap,
-                      Tensor out, OptionalTensor lse) {
+                      const OptionalTensor& workspace, int64_t min_seqlen_q, int64_t max_seqlen_q,
+                      int64_t max_seqlen_k, double scale, int64_t window_left, int64_t window_right,
+                      double softcap, Tensor out, OptionalTensor lse) {
   const int64_t batch = seq_lens.size(0), total_q = q.size(0), head_dim = q.size(2);
   if (batch == 0 || total_q == 0) return;
   const int64_t kv_heads = k.size(k.dim() - 2);
@@ -164,7 +169,7 @@ void varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
             p.out_stride_head % 2 == 0,
         "out must begin at a multiple of 4 bytes on CUDA, and its strides must be even");
   if (lse) {
-    check(stride(*lse, 1) <= 1, "lse must be contiguous in its last dimension on CUDA");
+    check_last_stride("lse", *lse);
     p.lse = static_cast<float*>(lse->data_ptr());
     p.lse_stride_head = stride(*lse, 0);
   }
@@ -207,12 +212,9 @@ void varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
   p.window_right = static_cast<int>(window_right < unlimited ? window_right : -1);
 
   // A few tiles of rows re-read keys from L2 at little cost, and only decode splits long keys.
-  const int64_t max_rows = max_seqlen_q * p.group;
   p.decode_rows = (max_seqlen_k >= 1024 ? 4 : 1) * portable::kDecodeRows;
-  // A captured graph of a paged batch may be replayed with other lengths.
-  const bool all_alike = !block_table && total_q == batch * max_seqlen_q;
-  const bool with_prefill = max_rows > p.decode_rows;
-  const bool with_decode = !with_prefill || !all_alike;
+  const bool with_prefill = max_seqlen_q * p.group > p.decode_rows;
+  const bool with_decode = min_seqlen_q * p.group <= p.decode_rows;
 
   const DeviceScope device(q);
   if (with_decode) {
@@ -240,7 +242,7 @@ void write_kv(const Tensor& key, const Tensor& value, Tensor k_cache, Tensor v_c
         "key must be float16 or bfloat16 on CUDA");
   check(k_cache.scalar_type() == type && !k_scale && !v_scale,
         "k_cache must have the dtype of key on CUDA, without k_scale and v_scale");
-  check(stride(slot_mapping, 0) <= 1, "slot_mapping must be contiguous on CUDA");
+  check_last_stride("slot_mapping", slot_mapping);
   const DeviceScope device(key);
   WriteParams p{};
   p.key = key.data_ptr();

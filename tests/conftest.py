@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import target
 
 # For the processes that tests start too.
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -30,9 +31,19 @@ def model() -> Path:
 @pytest.fixture(scope="session")
 def device() -> Any:
     """Where the ops under test run."""
-    import torch
+    return target.DEVICE
 
-    return torch.device(os.environ.get("SPARSEK_TEST_DEVICE", "cpu"))
+
+@pytest.fixture(scope="session", autouse=True)
+def kernels_on_the_host() -> Iterator[None]:
+    """With SPARSEK_TEST_DEVICE=emulated, ops on CPU tensors run the kernels' sources."""
+    if target.NAME == "emulated":
+        from emulated import emulated_kernels
+
+        with emulated_kernels():
+            yield
+    else:
+        yield
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import oracle
 import pytest
+import target
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -28,13 +29,14 @@ from sparsek_vllm.core import (
     write_kv,
 )
 
-ON_CUDA = os.environ.get("SPARSEK_TEST_DEVICE", "cpu").startswith("cuda")
+pytestmark = pytest.mark.on_kernels
+
 # What the kernels are compiled for, and everything that the reference takes.
-FLOATS = (torch.float16, torch.bfloat16) + (() if ON_CUDA else (torch.float32,))
-WIDEST = torch.float16 if ON_CUDA else torch.float32
-HEAD_DIMS = (64, 128) if ON_CUDA else (64, 128, 64, 128, 32, 80, 256)
+FLOATS = (torch.float16, torch.bfloat16) + (() if target.KERNELS else (torch.float32,))
+WIDEST = torch.float16 if target.KERNELS else torch.float32
+HEAD_DIMS = (64, 128) if target.KERNELS else (64, 128, 64, 128, 32, 80, 256)
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-PAGE_SIZES = (16, 32, 48, 64, 128, 256) if ON_CUDA else (1, 2, 16, 17, 32, 64, 128, 256)
+PAGE_SIZES = (16, 32, 48, 64, 128, 256) if target.KERNELS else (1, 2, 16, 17, 32, 64, 128, 256)
 LAYOUTS = ("nhd", "hnd", "padded", "odd_ones", "packed_nhd", "packed_hnd", "two_plane")
 OUT_TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 # The LSE is float32 whatever the inputs are: these are sums of exact products.
@@ -51,7 +53,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-cpu_only = pytest.mark.skipif(ON_CUDA, reason="of the CPU reference only")
+cpu_only = pytest.mark.skipif(target.KERNELS, reason="of the CPU reference only")
 
 
 def examples(count: int) -> settings:
@@ -69,8 +71,7 @@ def on_path(op: str, device: torch.device):
     reset_path_counts()
     yield
     paths = [key.split(":")[1] for key in path_counts() if key.startswith(f"{op}:")]
-    assert len(paths) == 1
-    assert (paths[0] == "reference") == (device.type == "cpu")
+    assert paths == [target.PATH]
 
 
 # What a case is
@@ -507,7 +508,7 @@ def test_from_cu_seqlens(device):
 @given(
     data=st.data(),
     source=st.sampled_from(FLOATS),
-    target=st.sampled_from([None] if ON_CUDA else [None, None, *FP8]),
+    target=st.sampled_from([None] if target.KERNELS else [None, None, *FP8]),
     layout=st.sampled_from(LAYOUTS),
     block=st.sampled_from(PAGE_SIZES[:-2]),
     heads=st.sampled_from([1, 2, 3]),
@@ -598,7 +599,7 @@ def test_write_kv_saturates(fp8, source, device):
     assert caches[1].double()[1, 1, 0].tolist()[:4] == [-limit, limit, -limit, limit]
 
 
-@pytest.mark.parametrize("fp8", [None] if ON_CUDA else [None, *FP8])
+@pytest.mark.parametrize("fp8", [None] if target.KERNELS else [None, *FP8])
 def test_write_then_attend(fp8, device):
     """What is written through ``write_kv`` is what ``varlen_attention`` reads."""
     case = Case(((5, 37), (1, 64)), 2, 2, 64, WIDEST, 16, "packed_hnd", seed=1)
@@ -692,7 +693,7 @@ def test_opcheck(device):
     out, lse = torch.empty_like(inputs.q), torch.empty(4, 3, device=device)
     ops = torch.ops.sparsek
     workspace = kernels.workspace(device)
-    tail = (None, None, None, workspace, 2, 20, 0.125, -1, 0, 0.0, out, lse)
+    tail = (None, None, None, workspace, 0, 2, 20, 0.125, -1, 0, 0.0, out, lse)
     paged_args = (kv.k, kv.v, inputs.cu_seqlens_q, kv.seq_lens, kv.block_table, None, None, None)
     dense_args = (dense.k, dense.v, inputs.cu_seqlens_q, dense.seq_lens, None, dense.starts)
     slots = torch.tensor([3, -1, 7], device=device)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
 import pytest
+import target
 import torch
 from wheels import wheel_sources
 from xformers.ops import fmha
@@ -25,14 +25,12 @@ from sparsek_vllm.backends.xformers import (
 )
 from sparsek_vllm.core import path_counts, reset_path_counts
 
-DEVICE = torch.device(os.environ.get("SPARSEK_TEST_DEVICE", "cpu"))
-ON_CUDA = DEVICE.type == "cuda"
-HEADS, HEAD_DIM, PAGE = (2, 64, 16) if ON_CUDA else (2, 16, 4)
+DEVICE = target.DEVICE
+HEADS, HEAD_DIM, PAGE = (2, 64, 16) if target.KERNELS else (2, 16, 4)
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-DTYPES = list(TOLERANCE)[ON_CUDA:]  # the kernels take no float32
-PATH = "portable" if ON_CUDA else "reference"
+DTYPES = list(TOLERANCE)[target.KERNELS :]  # the kernels take no float32
 
-on_cuda = pytest.mark.on_cuda  # `make test-gpu` runs these on CUDA too
+on_kernels = pytest.mark.on_kernels
 
 triangle = ab.LowerTriangularMask
 bottom_right = ab.LowerTriangularFromBottomRightMask
@@ -181,7 +179,7 @@ def check(bias: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: to
         q, k, v, bias, op=SparseKFwOp
     )
     calls = {"calls": 3, "tokens": 3 * q.shape[0] * q.shape[1]}
-    assert path_counts() == {f"varlen_attention:{PATH}": calls}
+    assert path_counts() == {f"varlen_attention:{target.PATH}": calls}
     tolerance = TOLERANCE[q.dtype]
     for each in (*got, with_lse):
         assert each.dtype == q.dtype
@@ -215,7 +213,7 @@ def test_every_bias_of_xformers_is_covered() -> None:
     assert tested == set(SparseKFwOp.SUPPORTED_ATTN_BIAS_TYPES)
 
 
-@on_cuda
+@on_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", DENSE, ids=lambda kind: kind.__name__)
@@ -230,7 +228,7 @@ def test_batch(kind: type, shape: tuple[int, int, int], dtype: torch.dtype) -> N
         check(bias, *qkv(*shape, dtype), physical(bias, rows, keys, batch))
 
 
-@on_cuda
+@on_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize(
@@ -244,7 +242,7 @@ def test_blocks(kind: type, lengths: tuple[list[int], list[int]], dtype: torch.d
         check(bias, *qkv(1, sum(lengths[0]), keys, dtype), mask)
 
 
-@on_cuda
+@on_kernels
 @pytest.mark.parametrize("lengths", STARVED, ids=str)
 @pytest.mark.parametrize(
     "kind",
@@ -273,7 +271,7 @@ def test_paged_gappy_keys_are_views_of_whole_pages() -> None:
     assert kv.starts.tolist() == [3, 8] and kv.seq_lens.tolist() == [7, 5]
 
 
-@on_cuda
+@on_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bool_and_broadcast_tensors(dtype: torch.dtype) -> None:
     q, k, v = qkv(3, 5, 9, dtype)
@@ -324,7 +322,7 @@ GROUPED: dict[str, tuple[Any, int, int]] = {  # bias, rows, keys
 }
 
 
-@on_cuda
+@on_kernels
 @pytest.mark.parametrize("expanded", ["heads", "groups", "both", "none"])
 @pytest.mark.parametrize("name", GROUPED)
 def test_groups_of_heads(name: str, expanded: str) -> None:
@@ -358,7 +356,7 @@ def test_groups_of_heads(name: str, expanded: str) -> None:
     got, got_lse = fmha.memory_efficient_attention_forward_requires_grad(
         q, k, v, bias, op=SparseKFwOp
     )
-    assert list(path_counts()) == [f"varlen_attention:{PATH}"]
+    assert list(path_counts()) == [f"varlen_attention:{target.PATH}"]
     assert got_lse.shape == (batch, groups, heads, rows)
     read = {"heads": groups, "groups": groups * heads, "both": 1, "none": groups * heads}
     assert ours._distinct_heads(k, v)[0].shape[2] == read[expanded]

@@ -108,18 +108,19 @@ struct RowState {
   float factor, lse;  // of the row's output, and its natural log-sum-exp
 };
 
-// From a row's maximum in powers of two and the sum of its exponentials, the sink included.
+// From a row's maximum in natural units and the sum of its exponentials, the sink included. In
+// powers of two the maximum could overflow: masks made by adding the lowest float are common.
 __device__ inline RowState finish_row(const AttentionParams& p, float peak, float sum, int head) {
   if (p.sinks) {
-    const float sink = kLog2e * load_float(p.sinks, p.sinks_type, head * p.sinks_stride);
+    const float sink = load_float(p.sinks, p.sinks_type, head * p.sinks_stride);
     const float top = sum > 0 ? fmaxf(peak, sink) : sink;
-    const float rescale = sum > 0 ? exp2f(peak - top) : 0.0f;
-    const float total = sum * rescale + (sink == -INFINITY ? 0.0f : exp2f(sink - top));
+    const float rescale = sum > 0 ? exp2f((peak - top) * kLog2e) : 0.0f;
+    const float total = sum * rescale + (sink == -INFINITY ? 0.0f : exp2f((sink - top) * kLog2e));
     if (!(total > 0)) return {0.0f, -INFINITY};
-    return {rescale / total, kLn2 * (top + log2f(total))};
+    return {rescale / total, top + kLn2 * log2f(total)};
   }
   if (!(sum > 0)) return {0.0f, -INFINITY};
-  return {1 / sum, kLn2 * (peak + log2f(sum))};
+  return {1 / sum, peak + kLn2 * log2f(sum)};
 }
 
 }  // namespace sparsek

@@ -268,7 +268,7 @@ __global__ void __launch_bounds__(kThreads, kDecodeBlocksPerMultiprocessor)
       row_sum[h] += __shfl_xor_sync(~0u, row_sum[h], 1);
       row_sum[h] += __shfl_xor_sync(~0u, row_sum[h], 2);
       if (lane % 4 == 0) {
-        row_maxima[warp][row] = row_max[h] * exponent_scale;
+        row_maxima[warp][row] = row_max[h];
         row_sums[warp][row] = row_sum[h];
       }
       if (row < rows) {
@@ -293,12 +293,16 @@ __global__ void __launch_bounds__(kThreads, kDecodeBlocksPerMultiprocessor)
       const int r = row0 + row, query = p.group_divisor(r);
       const int head = kv_head * p.group + r - query * p.group;
       const int64_t token = int64_t{request.q_begin} + query;
-      const RowState state = finish_row(p, peak, sum, head);
+      const RowState state = finish_row(p, peak * (kGeneral ? 1.0f : p.scale), sum, head);
       static_cast<T*>(p.out)[token * p.out_stride_token + head * p.out_stride_head + column] =
           static_cast<T>(value * state.factor);
       if (p.lse && column == 0) p.lse[head * p.lse_stride_head + token] = state.lse;
     };
 
+    // Of a part whose maximum is `own`, where the whole's is `peak`.
+    const auto weight = [&](float own, float peak) {
+      return peak == -INFINITY ? 0.0f : exp2_approx((own - peak) * exponent_scale);
+    };
     for (int i = thread; i < rows * kHeadDim; i += kThreads) {
       const int row = i / kHeadDim, column = i % kHeadDim;
       float peak = -INFINITY, sum = 0, value = 0;
@@ -306,7 +310,7 @@ __global__ void __launch_bounds__(kThreads, kDecodeBlocksPerMultiprocessor)
       for (int w = 0; w < kWarps; ++w) peak = fmaxf(peak, row_maxima[w][row]);
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
-        const float factor = peak == -INFINITY ? 0.0f : exp2_approx(row_maxima[w][row] - peak);
+        const float factor = weight(row_maxima[w][row], peak);
         sum += factor * row_sums[w][row];
         value += factor * reinterpret_cast<const float*>(shared + w * kRingBytes)[i];
       }
@@ -341,7 +345,7 @@ __global__ void __launch_bounds__(kThreads, kDecodeBlocksPerMultiprocessor)
           for (int block = first_block; block <= last_block; ++block) {
             const float* part = part_of(block);
             const float part_peak = __ldcg(part + kRows * kHeadDim + row);
-            const float factor = peak == -INFINITY ? 0.0f : exp2_approx(part_peak - peak);
+            const float factor = weight(part_peak, peak);
             sum += factor * __ldcg(part + kRows * kHeadDim + kRows + row);
             value += factor * __ldcg(part + i);
           }

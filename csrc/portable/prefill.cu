@@ -345,7 +345,7 @@ __global__ void __launch_bounds__(kThreads, kWarps <= 4 ? 2 : 1)
       if (r >= end_row) continue;
       const int query = p.group_divisor(r), head = kv_head * p.group + r - query * p.group;
       const int64_t token = int64_t{finished.q_begin} + query;
-      const RowState state = finish_row(p, row_max[m][h] * exponent_scale, sum, head);
+      const RowState state = finish_row(p, row_max[m][h] * (kGeneral ? 1.0f : p.scale), sum, head);
       T* destination = static_cast<T*>(p.out) + token * p.out_stride_token +
                        head * p.out_stride_head + 2 * (lane % 4);
 #pragma unroll

@@ -128,6 +128,11 @@ class SparseKBackend(AttentionBackend):
             elif argument.startswith("attention type"):
                 reason = f"{reason} (allowed: {AttentionType.DECODER.value})"
             reasons.append(reason)
+        cache, model = given.get("kv_cache_dtype"), str(given["dtype"]).removeprefix("torch.")
+        if cache in ("float16", "bfloat16") and cache != model:
+            reasons.append(
+                f"kv_cache_dtype {cache} not supported with dtype {model} (allowed: auto, {model})"
+            )
         if not current_platform.is_cpu():
             if given.get("kv_cache_dtype") in _FP8_DTYPES:
                 reasons.append(
@@ -288,6 +293,8 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         """
         assert output_scale is None and output_block_scale is None
         if attn_metadata is None:
+            # Made now, it lies outside the pool whose contents sleep mode drops.
+            kernels.workspace(query.device)
             return output.zero_()
         tokens = attn_metadata.num_actual_tokens
         k, v = self._views(kv_cache)

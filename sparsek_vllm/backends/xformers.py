@@ -265,7 +265,7 @@ def _attention(
     else:
         kv = _batch_rows(k, v)
         cu_seqlens_q = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * rows
-        arguments["max_seqlen_q"] = rows
+        arguments["min_seqlen_q"] = arguments["max_seqlen_q"] = rows
         arguments["max_seqlen_k"] = keys
     if type(bias) in _CAUSAL_TOP_LEFT:
         arguments["q_offsets"] = torch.zeros_like(kv.seq_lens)

@@ -34,7 +34,7 @@ _GENCODE = {
 ARCHS = tuple(_GENCODE)
 
 # The stable ABI of torch 2.10: one binary serves every newer torch and every Python.
-_TORCH_TARGET = "0x020a000000000000"
+TORCH_TARGET = "0x020a000000000000"
 _MINIMUM_CUDA = (12, 8)  # the first that knows sm_100
 _SHARED_BYTES = 99 * 1024
 
@@ -125,9 +125,13 @@ def sources() -> Path:
     return next(p for p in (package / "csrc", package.parent / "csrc") if (p / "ops.cu").exists())
 
 
-def installed() -> Path:
-    """Where a wheel carries its library, there or not: the default variant, every architecture."""
-    return Path(__file__).parent.parent / LIBRARY
+def installed() -> Path | None:
+    """The library that a wheel carries, there or not: the default variant, every architecture.
+
+    None in a checkout, whose sources change: there kernels come out of the cache alone.
+    """
+    package = Path(__file__).parent.parent
+    return package / LIBRARY if sources().parent == package else None
 
 
 def find_tools() -> Tools:
@@ -136,7 +140,10 @@ def find_tools() -> Tools:
     Raises:
         BuildError: something is missing; the message names it and how to get it.
     """
-    nvcc = _find_nvcc()
+    torch = _find_torch()
+    if torch is None:
+        raise BuildError("torch 2.10 or newer is missing: pip install 'torch>=2.10'")
+    nvcc, version = _find_nvcc(torch)
     if nvcc is None:
         raise BuildError(
             f"nvcc is missing (CUDA_HOME is {os.environ.get('CUDA_HOME') or 'not set'}): set "
@@ -144,17 +151,11 @@ def find_tools() -> Tools:
             f"{'.'.join(map(str, _MINIMUM_CUDA))} or newer, or pip install nvidia-cuda-nvcc "
             "nvidia-cuda-runtime nvidia-cuda-cccl"
         )
-    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    match = re.search(r"release (\d+)\.(\d+)", text)
-    version = (int(match[1]), int(match[2])) if match else (0, 0)
     if version < _MINIMUM_CUDA:
         raise BuildError(
             f"nvcc {nvcc} has version {version[0]}.{version[1]}, "
             f"{'.'.join(map(str, _MINIMUM_CUDA))} or newer is needed"
         )
-    torch = _find_torch()
-    if torch is None:
-        raise BuildError("torch 2.10 or newer is missing: pip install 'torch>=2.10'")
     ninja = _find_program("ninja")
     if ninja is None:
         raise BuildError("ninja is missing: pip install ninja")
@@ -164,7 +165,11 @@ def find_tools() -> Tools:
     return Tools(nvcc, version, torch, ninja, compiler)
 
 
-def _find_nvcc() -> Path | None:
+def _find_nvcc(torch: Path) -> tuple[Path | None, tuple[int, int]]:
+    """The first toolkit, of those of the major version of torch's CUDA if there are any.
+
+    A library of a newer major version than torch's can ask for a newer driver.
+    """
     if home := os.environ.get("CUDA_HOME"):
         candidates = [Path(home) / "bin" / "nvcc"]
     else:
@@ -174,7 +179,17 @@ def _find_nvcc() -> Path | None:
         # pip's own: nvidia/cu13 from CUDA 13 on, nvidia/cuda_nvcc before.
         for site in _sites():
             candidates += sorted(site.glob("nvidia/*/bin/nvcc"))
-    return next((c for c in candidates if os.access(c, os.X_OK)), None)
+    found = [(c, _nvcc_version(c)) for c in candidates if os.access(c, os.X_OK)]
+    text = (torch / "version.py").read_text()
+    match = re.search(r"^cuda\b.*'(\d+)\.", text, re.M)
+    alike = [(c, v) for c, v in found if match and v[0] == int(match[1])]
+    return next(iter(alike + found), (None, (0, 0)))
+
+
+def _nvcc_version(nvcc: Path) -> tuple[int, int]:
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    match = re.search(r"release (\d+)\.(\d+)", text)
+    return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
 def _find_torch() -> Path | None:
@@ -205,7 +220,7 @@ def key(tools: Tools, variant: Variant, archs: Sequence[str]) -> str:
     root = sources()
     for path in sorted(root.rglob("*.[ch]u*")) + sorted(root.rglob("*.h")):
         digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
-    digest.update(repr((tools.cuda_version, variant, sorted(archs), _TORCH_TARGET)).encode())
+    digest.update(repr((tools.cuda_version, variant, sorted(archs), TORCH_TARGET)).encode())
     return digest.hexdigest()[:16]
 
 
@@ -255,7 +270,7 @@ def _ninja_file(tools: Tools, variant: Variant, archs: Sequence[str]) -> str:
         # pip's parts of the toolkit may differ in version from each other.
         flags += ["-DCCCL_DISABLE_CTK_COMPATIBILITY_CHECK", f"-I{home}/include"]
     torch_flags = [
-        f"-DTORCH_TARGET_VERSION={_TORCH_TARGET}",
+        f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
         "-DUSE_CUDA",
         f"-DSPARSEK_NAMESPACE={namespace(variant)}",
         f"-I{tools.torch}/include",
@@ -355,17 +370,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     place.add_argument("--into", type=Path, help="folder for one library of all architectures")
     place.add_argument(
         "--in-place",
-        action="store_const",
-        dest="into",
-        const=installed().parent,
+        action="store_true",
         help="one library inside the installed package, as a wheel with kernels carries it",
     )
     parser.add_argument("--verbose", action="store_true", help="show the compiler at work")
     options = parser.parse_args(arguments)
     archs = options.arch or ARCHS
+    library = installed()
+    if options.in_place and library is None:
+        parser.error("--in-place is for an installed package, not for a checkout")
+    folder = library.parent if options.in_place and library else options.into
     try:
-        if options.into:
-            print(build(options.into, find_tools(), DEFAULT, archs, options.verbose))
+        if folder:
+            print(build(folder, find_tools(), DEFAULT, archs, options.verbose))
         else:
             cache = os.environ.get("BSK_BUILD_DIR") or "~/.cache/blackwell_sparsek/build"
             # One library each: the first use looks for that of its GPU alone.

@@ -67,6 +67,7 @@ def attention_forward(
         bounds,
         causal=False,
         scale=scale,
+        min_seqlen_q=rows,
         max_seqlen_q=rows,
         max_seqlen_k=rows,
     )
@@ -80,13 +81,15 @@ def _uniform_lengths(
     """Prefix sums and lengths of so many requests of so many rows."""
     # What a graph captures is only written at its replay, so it is not kept.
     if torch.cuda.is_current_stream_capturing():
-        return _uniform_lengths_kept.__wrapped__(requests, rows, device)
-    return _uniform_lengths_kept(requests, rows, device)
+        return _uniform_lengths_kept.__wrapped__(requests, rows, device, 0)
+    # Other streams do not wait until this one has written it.
+    stream = torch.cuda.current_stream(device).cuda_stream
+    return _uniform_lengths_kept(requests, rows, device, stream)
 
 
 @functools.lru_cache(maxsize=64)
 def _uniform_lengths_kept(
-    requests: int, rows: int, device: torch.device
+    requests: int, rows: int, device: torch.device, stream: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     bounds = torch.arange(requests + 1, dtype=torch.int32, device=device) * rows
     return bounds, torch.full((requests,), rows, dtype=torch.int32, device=device)

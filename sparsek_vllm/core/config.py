@@ -95,12 +95,16 @@ class Config:
             build_dir=os.environ.get("BSK_BUILD_DIR") or None,
         )
 
-    def target_arch(self) -> str:
-        """The architecture in force: the GPU's own if detection is on and it is supported."""
+    def target_arch(self, device: int | None = None) -> str:
+        """The architecture in force: the GPU's own if detection is on and it is supported.
+
+        Args:
+            device: index of the GPU; None for the current one.
+        """
         if self.auto_detect_arch:
             from sparsek_vllm.core.build_info import compute_arch
 
-            arch = compute_arch()
+            arch = compute_arch(device)
             if arch == "sm_90":
                 return "90a"
             if arch not in ("cpu", "sm_90") and int(arch.removeprefix("sm_")) >= 100:

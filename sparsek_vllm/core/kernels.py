@@ -18,8 +18,8 @@ SUPPORTED_ARCHS = ("sm_90a", "sm_100")
 _logger = logging.getLogger("sparsek_vllm")
 
 # Of the portable decode kernel: thread blocks a multiprocessor, floats a thread block.
-_DECODE_BLOCKS = 2
-_DECODE_FLOATS = 2 * 16 * (128 + 2)
+DECODE_BLOCKS = 2
+DECODE_FLOATS = 2 * 16 * (128 + 2)
 
 
 def variant(config: _config.Config) -> build.Variant:
@@ -59,8 +59,8 @@ def describe() -> str:
     """Where the kernels of the configuration in force come from, in words."""
     config = _config.get_default_config()
     wanted = variant(config)
-    if wanted == build.DEFAULT and build.installed().exists():
-        return f"installed ({build.installed()})"
+    if library := _installed(wanted):
+        return f"installed ({library})"
     try:
         tools = build.find_tools()
     except build.BuildError as error:
@@ -142,7 +142,8 @@ def workspace(device: torch.device) -> torch.Tensor | None:
 
     Captured CUDA graphs hold on to the address. While one is captured nothing can be made (its
     zeros would only be written at the first replay), so a stream that has none shares the
-    device's first: graphs are not to be replayed side by side on several streams.
+    device's first: such a graph is not to be replayed beside attention on another stream. A call
+    on the capturing stream before the capture gives it a workspace of its own.
 
     Raises:
         RuntimeError: a graph is being captured, and this device has no workspace yet.
@@ -162,14 +163,22 @@ def workspace(device: torch.device) -> torch.Tensor | None:
                 "run the function once before capturing it"
             )
         return shared
-    blocks = _DECODE_BLOCKS * torch.cuda.get_device_properties(device).multi_processor_count
-    size = blocks * (_DECODE_FLOATS + 1) + 4
+    blocks = DECODE_BLOCKS * torch.cuda.get_device_properties(device).multi_processor_count
+    size = blocks * (DECODE_FLOATS + 1) + 4
     _workspaces[key] = torch.zeros(size, dtype=torch.float32, device=device)
     return _workspaces[key]
 
 
+def _installed(wanted: build.Variant) -> Path | None:
+    library = build.installed()
+    return library if wanted == build.DEFAULT and library and library.exists() else None
+
+
 def _archs(config: _config.Config) -> tuple[str, ...]:
-    return (config.target_arch().removesuffix("a"),)
+    """Of every GPU that the process sees: one library serves them all."""
+    gpus = range(torch.cuda.device_count()) if config.auto_detect_arch else ()
+    archs = {config.target_arch(gpu).removesuffix("a") for gpu in gpus or (None,)}
+    return tuple(sorted(archs))
 
 
 _loaded: dict[tuple[Any, ...], str] = {}
@@ -197,9 +206,8 @@ def _load_variant(config: _config.Config) -> str:
     namespace = build.namespace(wanted)
     if wanted in _libraries:
         return namespace
-    if wanted == build.DEFAULT and build.installed().exists():
-        library = build.installed()
-    else:
+    library = _installed(wanted)
+    if library is None:
         try:
             library = build.cached(config.build_path(), wanted, _archs(config))
         except build.BuildError as error:

@@ -28,9 +28,9 @@ CUDA_HEAD_DIMS = (64, 128)
 SCHEMAS = (
     "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor seq_lens, "
     "Tensor? block_table, Tensor? k_starts, Tensor? q_offsets, Tensor? bias, Tensor? sinks, "
-    "Tensor? k_scale, Tensor? v_scale, Tensor(c!)? workspace, int max_seqlen_q, "
-    "int max_seqlen_k, float scale, int window_left, int window_right, float softcap, "
-    "Tensor(a!) out, Tensor(b!)? lse) -> ()",
+    "Tensor? k_scale, Tensor? v_scale, Tensor(c!)? workspace, int min_seqlen_q, "
+    "int max_seqlen_q, int max_seqlen_k, float scale, int window_left, int window_right, "
+    "float softcap, Tensor(a!) out, Tensor(b!)? lse) -> ()",
     "write_kv(Tensor key, Tensor value, Tensor(a!) k_cache, Tensor(b!) v_cache, "
     "Tensor slot_mapping, Tensor? k_scale, Tensor? v_scale) -> ()",
     "merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, "
@@ -58,6 +58,7 @@ def varlen_attention(
     sinks: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     q_offsets: torch.Tensor | None = None,
+    min_seqlen_q: int = 0,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     out: torch.Tensor | None = None,
@@ -88,6 +89,8 @@ def varlen_attention(
         bias: ``[batch, heads, max_q, max_k]``, added to the scores after scale and softcap;
             any strides, so that broadcast dimensions can be expanded views.
         q_offsets: ``[batch]`` int32, position of each request's first query row.
+        min_seqlen_q: no query length is shorter. Where the caller knows that all are long, the
+            launch for short ones is saved.
         max_seqlen_q: longest query length. Not given, it is read from ``cu_seqlens_q``, which
             waits for the GPU.
         max_seqlen_k: largest of ``seq_lens``, likewise.
@@ -154,6 +157,7 @@ def varlen_attention(
         paged.k_scale if paged else None,
         paged.v_scale if paged else None,
         kernels.workspace(q.device),
+        min_seqlen_q,
         max_seqlen_q,
         max_seqlen_k,
         scale,

@@ -31,6 +31,7 @@ def varlen_attention(
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
     workspace: torch.Tensor | None,
+    min_seqlen_q: int,
     max_seqlen_q: int,
     max_seqlen_k: int,
     scale: float,

@@ -1,23 +1,19 @@
-"""The CUDA kernels: a matrix of shapes against float64 and FA3, graphs, variants, sanitizers.
+"""The CUDA kernels: errors beside FA3's, graphs, streams, variants, sanitizers.
 
-Unused slots, unused block table entries and outputs are poisoned. The property tests of the op
-set run on CUDA too (``make test-gpu``); here are the shapes that they are too small for.
+``tests/test_kernels.py`` has the matrix of shapes; ``make test-gpu`` runs both.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
-import random
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import dense_oracle
 import pytest
 import torch
+from batches import GARBAGE, Batch
 
 from sparsek_vllm.core import (
     Config,
@@ -25,179 +21,12 @@ from sparsek_vllm.core import (
     PagedKV,
     kernels,
     merge_states,
-    path_counts,
-    reset_path_counts,
     set_default_config,
     varlen_attention,
     write_kv,
 )
 
 CUDA = torch.device("cuda")
-GARBAGE = 2**30
-TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
-
-
-@dataclass
-class Batch:
-    """Requests with their keys and values scattered over the pages of a poisoned cache."""
-
-    lengths: Sequence[tuple[int, int]]  # of queries and keys
-    kv_heads: int = 2
-    group: int = 4
-    head_dim: int = 128
-    dtype: torch.dtype = torch.bfloat16
-    block: int = 16
-    layout: str = "nhd"
-    seed: int = 0
-    extra_blocks: int = 3
-
-    def __post_init__(self) -> None:
-        torch.manual_seed(self.seed)
-        heads, dim, block = self.kv_heads, self.head_dim, self.block
-        rows = [rows for rows, _ in self.lengths]
-        self.bounds = [0, *itertools.accumulate(rows)]
-        self.q = torch.randn(self.bounds[-1], heads * self.group, dim, device=CUDA).to(self.dtype)
-        self.k = [torch.randn(n, heads, dim, device=CUDA).to(self.dtype) for _, n in self.lengths]
-        self.v = [torch.randn(n, heads, dim, device=CUDA).to(self.dtype) for _, n in self.lengths]
-        pages = [-(-n // block) for _, n in self.lengths]
-        blocks = sum(pages) + self.extra_blocks
-        shape = (blocks, heads, block) if self.layout == "hnd" else (blocks, block, heads)
-        cache = torch.full((*shape, 2 * dim), torch.nan, dtype=self.dtype, device=CUDA)
-        cache = cache.transpose(1, 2) if self.layout == "hnd" else cache
-        ids = torch.randperm(blocks)
-        table = torch.full((len(pages), max(pages) + 2), GARBAGE, dtype=torch.int32)
-        slots = []
-        for b, count in enumerate(pages):
-            own, ids = ids[:count], ids[count:]
-            table[b, :count] = own
-            tokens = torch.arange(self.lengths[b][1])
-            slots.append(own[tokens // block] * block + tokens % block)
-        self.slots = torch.cat(slots).to(CUDA)
-        self.kv = PagedKV(
-            cache[..., :dim],
-            cache[..., dim:],
-            table.to(CUDA),
-            torch.tensor([n for _, n in self.lengths], dtype=torch.int32, device=CUDA),
-        )
-        write_kv(torch.cat(self.k), torch.cat(self.v), self.kv.k, self.kv.v, self.slots)
-        self.cu_seqlens_q = torch.tensor(self.bounds, dtype=torch.int32, device=CUDA)
-
-    def dense(self) -> DenseKV:
-        gap = torch.full((3, self.kv_heads, self.head_dim), torch.nan, dtype=self.dtype).to(CUDA)
-        starts = [0, *itertools.accumulate(n + 3 for _, n in self.lengths)][:-1]
-        k, v = (torch.cat([x for t in own for x in (t, gap)]) for own in (self.k, self.v))
-        starts = torch.tensor(starts, dtype=torch.int32, device=CUDA)
-        return DenseKV(k, v, starts, self.kv.seq_lens)
-
-    def run(self, kv: PagedKV | DenseKV | None = None, **options) -> tuple[torch.Tensor, ...]:
-        out = torch.full_like(self.q, torch.nan)
-        lse = torch.full((self.q.shape[1], self.q.shape[0]), torch.nan, device=CUDA)
-        longest = [max(n) for n in zip(*self.lengths, strict=True)]
-        varlen_attention(
-            self.q,
-            kv or self.kv,
-            self.cu_seqlens_q,
-            max_seqlen_q=longest[0],
-            max_seqlen_k=longest[1],
-            out=out,
-            lse=lse,
-            **options,
-        )
-        return out, lse
-
-    def expected(self, **options) -> tuple[torch.Tensor, torch.Tensor]:
-        parts = [
-            dense_oracle.attention(self.q[a:b], k, v, **options)
-            for a, b, k, v in zip(self.bounds, self.bounds[1:], self.k, self.v, strict=False)
-        ]
-        return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts], 1)
-
-    def check(self, **options) -> None:
-        expected, expected_lse = self.expected(**options)
-        for kv in (self.kv, self.dense()):
-            reset_path_counts()
-            out, lse = self.run(kv, **options)
-            assert list(path_counts()) == ["varlen_attention:portable"]
-            again = self.run(kv, **options)
-            assert torch.equal(out, again[0]) and torch.equal(lse, again[1])
-            tolerance = TOLERANCE[self.dtype]
-            torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
-            torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-4, atol=1e-3)
-
-
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 7, 8, 16])
-def test_groups(group: int, head_dim: int) -> None:
-    """Every GQA ratio, in one mixed batch: decodes, a few tokens, prefill, chunked prefill."""
-    lengths = [(1, 1), (1, 777), (0, 9), (3, 200), (1, 0), (130, 130), (70, 600), (5, 5000)]
-    Batch(lengths, 2, group, head_dim, seed=group).check()
-
-
-EDGES = [n for edge in (16, 64, 128) for n in (edge - 1, edge, edge + 1)]
-
-
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("layout", ["nhd", "hnd"])
-@pytest.mark.parametrize("block", [16, 32, 48, 64, 128])
-def test_pages_and_borders(block: int, layout: str, dtype: torch.dtype, head_dim: int) -> None:
-    """Lengths around every border of a tile and a page, for queries and for keys."""
-    near = [n for n in (block - 1, block, block + 1) if n > 0]
-    lengths = [(rows, max(rows, keys)) for rows in (1, 2, *EDGES) for keys in (*EDGES, *near)]
-    Batch(lengths, 1, 2, head_dim, dtype, block, layout).check()
-
-
-OPTIONS = [
-    {"causal": False},
-    {"window": (0, -1)},
-    {"window": (17, -1)},
-    {"window": (100, 30), "causal": False},
-    {"window": (-1, 5), "causal": False},
-    {"softcap": 20.0},
-    {"sinks": True},
-    {"sinks": True, "softcap": 5.0, "window": (63, -1)},
-]
-
-
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_options(options: dict, head_dim: int) -> None:
-    batch = Batch([(1, 300), (4, 4), (200, 300), (1, 3000), (64, 2000), (2, 1)], 2, 4, head_dim)
-    if options.get("sinks"):
-        options = options | {"sinks": torch.randn(8, device=CUDA).bfloat16()}
-    batch.check(**options)
-
-
-def test_random_batches() -> None:
-    """Shapes, batch sizes and options at random, up to 512 requests."""
-    for seed in range(60):
-        pick = random.Random(seed)
-        kind = pick.choice(["decode", "speculative", "prefill", "mixed"])
-        lengths = []
-        for _ in range(pick.choice([1, 2, 3, 17, 70, 512])):
-            rows = {
-                "decode": 1,
-                "speculative": pick.randint(1, 8),
-                "prefill": pick.randint(1, 200),
-                "mixed": pick.choice([0, 1, 1, 1, pick.randint(2, 40), pick.randint(41, 300)]),
-            }[kind]
-            keys = rows + pick.choice([0, 0, pick.randint(0, 100), pick.randint(0, 1500)])
-            lengths.append((rows, pick.choice([keys] * 9 + [0, keys // 2])))
-        batch = Batch(
-            lengths,
-            pick.choice([1, 2, 3, 8]) if len(lengths) < 100 else 1,
-            pick.choice([1, 2, 3, 4, 5, 6, 7, 8, 16]),
-            pick.choice([64, 128]),
-            pick.choice([torch.float16, torch.bfloat16]),
-            pick.choice([16, 32, 48, 64, 128]),
-            pick.choice(["nhd", "hnd"]),
-            seed,
-        )
-        batch.check(
-            causal=pick.random() < 0.8,
-            window=pick.choice([(-1, -1), (-1, -1), (pick.randint(0, 200), -1), (9, 40)]),
-            softcap=pick.choice([0.0, 0.0, 30.0]),
-        )
 
 
 def test_cache_beyond_32_bit_offsets() -> None:
@@ -424,9 +253,9 @@ def test_kernels_refuse_what_they_cannot_read() -> None:
 
 SANITIZED = """
 import sys
-sys.path[:0] = ["tests/gpu", "tests"]
+sys.path[:0] = ["tests"]
 import torch
-from test_kernels import Batch
+from batches import Batch
 for head_dim in (64, 128):
     lengths = [(1, 500), (0, 3), (3, 70), (1, 0), (90, 150), (1, 1100)]
     batch = Batch(lengths, 2, 4, head_dim)

@@ -1,0 +1,104 @@
+"""The CUDA sources compiled for the host, so that their logic is tested where there is no GPU.
+
+``emulator/`` holds what CUDA and the PTX wrappers are on the host. The ops land in a namespace of
+their own for CPU tensors, which ``sparsek_vllm.core`` uses within :func:`emulated_kernels`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsek_vllm import build
+from sparsek_vllm.core import kernels, ops
+
+HERE = Path(__file__).resolve().parent / "emulator"
+NAMESPACE = "sparsek_emulated"
+MULTIPROCESSORS = 3
+
+
+def _translate(text: str) -> str:
+    """What the host compiler does not know: launches, dynamic shared memory, the CUDA key."""
+    text = re.sub(r"(\w+(?:<[\w, ]+>)?)<<<(.*?)>>>\((\w+)\)", r"emulator::launch(\1, \2, \3)", text)
+    text = re.sub(
+        r"extern __shared__ __align__\(\d+\) char (\w+)\[\];",
+        r"char* const \1 = emulator::dynamic_shared();",
+        text,
+    )
+    return text.replace("STABLE_TORCH_LIBRARY_IMPL(SPARSEK_NAMESPACE, CUDA", (
+        "STABLE_TORCH_LIBRARY_IMPL(SPARSEK_NAMESPACE, CPU"
+    ))  # fmt: skip
+
+
+def _compile(folder: Path) -> Path:
+    tools = build.find_tools()
+    sources = folder / "csrc"
+    shutil.copytree(build.sources(), sources)
+    for path in sources.rglob("*.cu*"):
+        path.write_text(_translate(path.read_text()))
+    for path in HERE.iterdir():
+        shutil.copy(path, sources / "common" / path.name)
+    include = next(tools.nvcc.resolve().parent.parent.glob("**/include/cuda_fp16.h")).parent
+    flags = ["-std=c++20", "-O2", "-fPIC", "-w", "-x", "c++", "-include", "common/ptx.cuh"]
+    flags += [f"-I{sources}", f"-I{include}", f"-I{tools.torch}/include", "-DUSE_CUDA"]
+    flags += [f"-DTORCH_TARGET_VERSION={build.TORCH_TARGET}", f"-DSPARSEK_NAMESPACE={NAMESPACE}"]
+    flags += [f"-DEMULATED_MULTIPROCESSORS={MULTIPROCESSORS}"]
+    jobs = [(source, ()) for source in ("ops.cu", "portable/cache.cu", "portable/merge.cu")]
+    jobs += [("common/runtime.cpp", ())]
+    for kernel in ("prefill", "decode"):
+        for dtype in ("__half", "__nv_bfloat16"):
+            for dim in (64, 128):
+                defines = (f"-DSPARSEK_DTYPE={dtype}", f"-DSPARSEK_HEAD_DIM={dim}")
+                jobs.append((f"portable/{kernel}.cu", defines))
+
+    def run(job: tuple[int, tuple[str, tuple[str, ...]]]) -> str:
+        number, (source, defines) = job
+        output = folder / f"{number}.o"
+        command = [tools.compiler, *flags, *defines, "-c", sources / source, "-o", output]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return str(output)
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(run, enumerate(jobs)))
+    library = folder / "emulated.so"
+    link = [f"-L{tools.torch}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
+    subprocess.run([tools.compiler, "-shared", "-o", library, *objects, *link], check=True)
+    return library
+
+
+@functools.cache
+def _load() -> None:
+    schemas = torch.library.Library(NAMESPACE, "DEF")
+    for schema in ops.SCHEMAS:
+        schemas.define(schema)
+    _kept.append(schemas)
+    with tempfile.TemporaryDirectory() as folder:
+        torch.ops.load_library(str(_compile(Path(folder))))
+
+
+_kept: list[torch.library.Library] = []
+
+
+@contextlib.contextmanager
+def emulated_kernels() -> Iterator[None]:
+    """Ops on CPU tensors run the kernels' sources, and count as path "emulated"."""
+    _load()
+    floats = 2 * MULTIPROCESSORS * (kernels.DECODE_FLOATS + 1) + 4
+    space = torch.zeros(floats)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "ops", lambda device: getattr(torch.ops, NAMESPACE))
+        patch.setattr(kernels, "path_for", lambda device: "emulated")
+        patch.setattr(kernels, "workspace", lambda device: space)
+        yield
+    assert not space[: 2 * MULTIPROCESSORS].view(torch.int32).any(), "arrivals are left behind"

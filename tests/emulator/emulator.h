@@ -1,0 +1,253 @@
+// Runs CUDA kernels on the host, thread by thread, for tests: what the language offers, without its
+// speed. Each thread of a block is a fiber. Which fiber runs next is random, and so is the order of
+// the blocks: a missing barrier shows as a wrong result on some seed. Copies that PTX makes
+// asynchronously happen as late as the program allows.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#undef __shared__
+#define __shared__ static
+#undef __launch_bounds__
+#define __launch_bounds__(...)
+#undef __grid_constant__
+#define __grid_constant__
+
+namespace emulator {
+
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "emulated kernel: %s\n", what);
+  std::abort();
+}
+
+struct Index {
+  unsigned x, y, z;
+};
+
+// Threads that wait for each other. Ends when all have arrived; arrivals of the next round may
+// come before every thread has seen the end of this one.
+struct Barrier {
+  int expected = 0, arrived = 0;
+  uint64_t round = 0;
+};
+
+struct Warp {
+  Barrier barrier;
+  // What the lanes show each other; two, since a lane may be one exchange ahead.
+  uint32_t exchange[2][32][8];
+  uint64_t exchanges[32] = {};
+};
+
+struct Copy {
+  uint32_t destination;
+  const void* source;  // null: zeros
+};
+
+struct Thread {
+  Index thread_idx{};
+  Warp* warp = nullptr;
+  int lane = 0;
+  bool done = false;
+  const Barrier* waits_for = nullptr;
+  uint64_t waits_round = 0;
+  std::deque<std::vector<Copy>> copies{{}};  // committed groups, then the open one
+  jmp_buf at;
+  std::vector<char> stack;
+};
+
+struct Block {
+  Index index{}, grid{};
+  unsigned threads = 0;
+  Barrier barrier;
+};
+
+constexpr size_t kSharedBytes = 228 << 10, kStackBytes = 64 << 10;
+inline Thread* current = nullptr;
+inline Block block;
+inline jmp_buf scheduler;
+alignas(1024) inline char shared_memory[kSharedBytes];
+inline size_t shared_bytes = 0;  // that the running kernel asked for
+inline const std::function<void()>* body = nullptr;
+inline std::mt19937 random_numbers{1};
+
+inline char* dynamic_shared() { return shared_memory; }
+
+// Memory in the dynamic part of shared memory.
+inline char* at_shared(uint32_t address, size_t bytes) {
+  if (address + bytes > shared_bytes) fail("shared memory address out of bounds");
+  return shared_memory + address;
+}
+
+inline void wait(Barrier& barrier) {
+  current->waits_round = barrier.round;
+  if (++barrier.arrived == barrier.expected) {
+    barrier.arrived = 0;
+    ++barrier.round;
+    return;
+  }
+  current->waits_for = &barrier;
+  if (!_setjmp(current->at)) _longjmp(scheduler, 1);
+}
+
+// Every lane shows `mine`, and sees what the others show.
+template <typename T>
+inline const T* exchange(const T& mine) {
+  static_assert(sizeof(T) == sizeof(uint32_t[8]));
+  Warp& warp = *current->warp;
+  auto& slots = warp.exchange[warp.exchanges[current->lane]++ % 2];
+  std::memcpy(slots[current->lane], &mine, sizeof(T));
+  wait(warp.barrier);
+  return reinterpret_cast<const T*>(slots);
+}
+
+struct Words {
+  uint32_t word[8];
+};
+
+template <typename T>
+inline T shuffle(T value, int from) {
+  static_assert(sizeof(T) <= 8);
+  Words mine{};
+  std::memcpy(&mine, &value, sizeof(T));
+  const Words* all = exchange(mine);
+  std::memcpy(&value, &all[from], sizeof(T));
+  return value;
+}
+
+inline void run_fiber() {
+  (*body)();
+  current->done = true;
+  _longjmp(scheduler, 1);
+}
+
+inline void start(Thread& thread) {
+  static ucontext_t returns, context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = thread.stack.data();
+  context.uc_stack.ss_size = thread.stack.size();
+  context.uc_link = nullptr;
+  makecontext(&context, run_fiber, 0);
+  swapcontext(&returns, &context);  // comes back through `scheduler`
+}
+
+inline void run_block(std::vector<Thread>& threads, std::vector<Warp>& warps) {
+  const int count = static_cast<int>(threads.size());
+  // NaN in every format.
+  std::memset(shared_memory, 0xff, sizeof(shared_memory));
+  block.barrier = {count};
+  for (auto& warp : warps) warp = {.barrier = {32}};
+  std::vector<char> started(count, 0);
+  volatile int left = count;
+  for (int i = 0; i < count; ++i) {
+    Thread& thread = threads[i];
+    thread.thread_idx = {static_cast<unsigned>(i), 0, 0};
+    thread.warp = &warps[i / 32];
+    thread.lane = i % 32;
+    thread.done = false;
+    thread.waits_for = nullptr;
+    thread.copies.assign(1, {});
+    thread.stack.resize(kStackBytes);
+  }
+  std::vector<int> ready;
+  while (left > 0) {
+    ready.clear();
+    for (int i = 0; i < count; ++i) {
+      const Thread& t = threads[i];
+      const bool blocked = t.waits_for && t.waits_for->round == t.waits_round;
+      if (!t.done && !blocked) ready.push_back(i);
+    }
+    if (ready.empty()) fail("deadlock: all threads wait");
+    std::shuffle(ready.begin(), ready.end(), random_numbers);
+    for (const int i : ready) {
+      current = &threads[i];
+      if (!_setjmp(scheduler)) {
+        current->waits_for = nullptr;
+        if (started[i]) _longjmp(current->at, 1);
+        started[i] = 1;
+        start(*current);
+      }
+      if (current->done) --left;
+    }
+  }
+}
+
+template <typename Kernel, typename Parameters>
+inline void launch(Kernel kernel, dim3 grid, unsigned count, size_t bytes, cudaStream_t,
+                   const Parameters& parameters) {
+  if (count % 32 || bytes > kSharedBytes) fail("bad launch");
+  std::vector<Thread> threads(count);
+  std::vector<Warp> warps(count / 32);
+  const std::function<void()> call = [&] { kernel(parameters); };
+  body = &call;
+  shared_bytes = bytes;
+  block.grid = {grid.x, grid.y, grid.z};
+  block.threads = count;
+  std::vector<unsigned> order(size_t{grid.x} * grid.y * grid.z);
+  std::iota(order.begin(), order.end(), 0);
+  std::shuffle(order.begin(), order.end(), random_numbers);
+  for (const unsigned i : order) {
+    block.index = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
+    run_block(threads, warps);
+  }
+}
+
+}  // namespace emulator
+
+#define threadIdx (emulator::current->thread_idx)
+#define blockIdx (emulator::block.index)
+#define gridDim (emulator::block.grid)
+#define blockDim (emulator::Index{emulator::block.threads, 1, 1})
+
+template <typename... Parameters>
+cudaError_t cudaFuncSetAttribute(void (*)(Parameters...), cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
+inline void __syncthreads() { emulator::wait(emulator::block.barrier); }
+inline void __syncwarp() { emulator::wait(emulator::current->warp->barrier); }
+inline void __threadfence() {}
+template <typename T>
+inline T __shfl_xor_sync(unsigned, T value, int mask) {
+  return emulator::shuffle(value, emulator::current->lane ^ mask);
+}
+template <typename T>
+inline T __shfl_up_sync(unsigned, T value, int delta) {
+  const int lane = emulator::current->lane;
+  return emulator::shuffle(value, lane >= delta ? lane - delta : lane);
+}
+inline bool __any_sync(unsigned, bool value) {
+  const auto* all = emulator::exchange(emulator::Words{{value}});
+  return std::any_of(all, all + 32, [](const auto& lane) { return lane.word[0] != 0; });
+}
+inline int atomicAdd(int* address, int value) {
+  const int old = *address;
+  *address += value;
+  return old;
+}
+template <typename T>
+inline T __ldcg(const T* address) {
+  return *address;
+}
+inline float __frcp_rn(float x) { return 1 / x; }
+template <typename A, typename B>
+constexpr std::common_type_t<A, B> min(A a, B b) {
+  return a < b ? a : b;
+}
+template <typename A, typename B>
+constexpr std::common_type_t<A, B> max(A a, B b) {
+  return a > b ? a : b;
+}

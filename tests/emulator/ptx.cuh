@@ -1,0 +1,102 @@
+// csrc/common/ptx.cuh for the host: what each instruction does, after the PTX ISA's description.
+#pragma once
+#include "emulator.h"
+
+namespace sparsek {
+
+inline uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(static_cast<const char*>(pointer) - emulator::dynamic_shared());
+}
+
+inline void copy_async_16(uint32_t destination, const void* source, bool valid) {
+  if (destination % 16 || reinterpret_cast<uintptr_t>(source) % 16)
+    emulator::fail("cp.async of 16 bytes is not aligned");
+  emulator::current->copies.back().push_back({destination, valid ? source : nullptr});
+}
+inline void copy_async_commit() { emulator::current->copies.emplace_back(); }
+template <int kPending>
+inline void copy_async_wait() {
+  auto& groups = emulator::current->copies;
+  for (; groups.size() > kPending + 1; groups.pop_front()) {
+    for (const auto& copy : groups.front()) {
+      char* destination = emulator::at_shared(copy.destination, 16);
+      copy.source ? std::memcpy(destination, copy.source, 16) : std::memset(destination, 0, 16);
+    }
+  }
+}
+
+namespace emulated {
+
+// Addresses of the eight rows of four matrices.
+inline const emulator::Words* rows(uint32_t address) {
+  emulator::at_shared(address, 16);
+  return emulator::exchange(emulator::Words{{address}});
+}
+inline uint16_t element(const emulator::Words* rows, int matrix, int row, int column) {
+  uint16_t value;
+  std::memcpy(&value, emulator::at_shared(rows[8 * matrix + row].word[0] + 2 * column, 2), 2);
+  return value;
+}
+template <typename T>
+inline float unpack(uint32_t pair, int half) {
+  const uint16_t bits = static_cast<uint16_t>(pair >> (16 * half));
+  T value;
+  std::memcpy(&value, &bits, 2);
+  return static_cast<float>(value);
+}
+
+}  // namespace emulated
+
+inline void load_matrices(uint32_t (&r)[4], uint32_t address) {
+  const auto* rows = emulated::rows(address);
+  const int lane = emulator::current->lane;
+  for (int i = 0; i < 4; ++i) {
+    const auto at = [&](int j) {
+      return uint32_t{emulated::element(rows, i, lane / 4, 2 * (lane % 4) + j)};
+    };
+    r[i] = at(0) | at(1) << 16;
+  }
+  emulator::wait(emulator::current->warp->barrier);
+}
+inline void load_matrices_transposed(uint32_t (&r)[4], uint32_t address) {
+  const auto* rows = emulated::rows(address);
+  const int lane = emulator::current->lane;
+  for (int i = 0; i < 4; ++i) {
+    const auto at = [&](int j) {
+      return uint32_t{emulated::element(rows, i, 2 * (lane % 4) + j, lane / 4)};
+    };
+    r[i] = at(0) | at(1) << 16;
+  }
+  emulator::wait(emulator::current->warp->barrier);
+}
+
+template <typename T>
+inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const auto* all = emulator::exchange(emulator::Words{{a[0], a[1], a[2], a[3], b0, b1}});
+  const int group = emulator::current->lane / 4, pair = emulator::current->lane % 4;
+  for (int i = 0; i < 4; ++i) {
+    const int column = 2 * pair + i % 2;
+    double sum = d[i];
+    for (int k = 0; k < 16; ++k) {
+      const int register_of_a = i / 2 + 2 * (k / 8), lane_of_k = k % 8 / 2;
+      sum += double{emulated::unpack<T>(all[4 * group + lane_of_k].word[register_of_a], k % 2)} *
+             emulated::unpack<T>(all[4 * column + lane_of_k].word[4 + k / 8], k % 2);
+    }
+    d[i] = static_cast<float>(sum);
+  }
+}
+
+inline float exp2_approx(float x) { return std::exp2(x); }
+
+template <typename T>
+inline void recompute(T&) {}
+
+template <typename T>
+inline uint32_t pack(float low, float high) {
+  const T pair[2] = {static_cast<T>(low), static_cast<T>(high)};
+  uint32_t bits;
+  std::memcpy(&bits, pair, 4);
+  return bits;
+}
+
+}  // namespace sparsek

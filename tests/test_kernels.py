@@ -1,0 +1,143 @@
+"""The kernels over a matrix of shapes against float64, on a GPU or emulated.
+
+The property tests of the op set run on the kernels too; here are the shapes that they are too
+small for.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from batches import Batch
+from target import DEVICE
+
+from sparsek_vllm.core import DenseKV, varlen_attention, write_kv
+
+pytestmark = pytest.mark.on_kernels
+
+ON_GPU = DEVICE.type == "cuda"
+# The host takes a thousand times as long: there each value comes once, not in every combination.
+KINDS = [(torch.float16, 64), (torch.bfloat16, 128)]
+PAGES = [(16, "hnd"), (48, "nhd"), (128, "hnd")]
+if ON_GPU:
+    PAGES = [(block, layout) for block in (16, 32, 48, 64, 128) for layout in ("nhd", "hnd")]
+KINDS += [(torch.bfloat16, 64), (torch.float16, 128)] if ON_GPU else []
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 7, 8, 16])
+def test_groups(group: int, head_dim: int) -> None:
+    """Every GQA ratio, in one mixed batch: decodes, a few tokens, prefill, chunked prefill."""
+    longest = 5000 if ON_GPU else 1500
+    lengths = [(1, 1), (1, 777), (0, 9), (3, 200), (1, 0), (130, 130), (70, 600), (5, longest)]
+    Batch(lengths, 2, group, head_dim, seed=group).check()
+
+
+EDGES = [n for edge in (16, 64, 128) for n in (edge - 1, edge, edge + 1)]
+
+
+@pytest.mark.parametrize(("dtype", "head_dim"), KINDS)
+@pytest.mark.parametrize(("block", "layout"), PAGES)
+def test_pages_and_borders(block: int, layout: str, dtype: torch.dtype, head_dim: int) -> None:
+    """Lengths around every border of a tile and a page, for queries and for keys."""
+    near = [n for n in (block - 1, block, block + 1) if n > 0]
+    lengths = [(rows, max(rows, keys)) for rows in (1, 2, *EDGES) for keys in (*EDGES, *near)]
+    Batch(lengths, 1, 2, head_dim, dtype, block, layout).check()
+
+
+OPTIONS = [
+    {"causal": False},
+    {"window": (0, -1)},
+    {"window": (17, -1)},
+    {"window": (100, 30), "causal": False},
+    {"window": (-1, 5), "causal": False},
+    {"softcap": 20.0},
+    {"sinks": True},
+    {"sinks": True, "softcap": 5.0, "window": (63, -1)},
+]
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_options(options: dict, head_dim: int) -> None:
+    batch = Batch([(1, 300), (4, 4), (200, 300), (1, 3000), (64, 2000), (2, 1)], 2, 4, head_dim)
+    if options.get("sinks"):
+        options = options | {"sinks": torch.randn(8, device=DEVICE).bfloat16()}
+    batch.check(**options)
+
+
+def test_random_batches() -> None:
+    """Shapes, batch sizes and options at random, up to 512 requests."""
+    for seed in range(60 if ON_GPU else 12):
+        pick = random.Random(seed)
+        kind = pick.choice(["decode", "speculative", "prefill", "mixed"])
+        lengths = []
+        for _ in range(pick.choice([1, 2, 3, 17, 70, 512] if ON_GPU else [1, 2, 3, 9])):
+            rows = {
+                "decode": 1,
+                "speculative": pick.randint(1, 8),
+                "prefill": pick.randint(1, 200),
+                "mixed": pick.choice([0, 1, 1, 1, pick.randint(2, 40), pick.randint(41, 300)]),
+            }[kind]
+            keys = rows + pick.choice([0, 0, pick.randint(0, 100), pick.randint(0, 1500)])
+            lengths.append((rows, pick.choice([keys] * 9 + [0, keys // 2])))
+        batch = Batch(
+            lengths,
+            pick.choice([1, 2, 3, 8]) if len(lengths) < 100 else 1,
+            pick.choice([1, 2, 3, 4, 5, 6, 7, 8, 16]),
+            pick.choice([64, 128]),
+            pick.choice([torch.float16, torch.bfloat16]),
+            pick.choice([16, 32, 48, 64, 128]),
+            pick.choice(["nhd", "hnd"]),
+            seed,
+        )
+        batch.check(
+            causal=pick.random() < 0.8,
+            window=pick.choice([(-1, -1), (-1, -1), (pick.randint(0, 200), -1), (9, 40)]),
+            softcap=pick.choice([0.0, 0.0, 30.0]),
+        )
+
+
+def test_padding_behind_one_request() -> None:
+    """As many rows as the longest request may have, most of them padding."""
+    batch = Batch([(10, 40)], 1, 1, 64, torch.float16)
+    q = torch.cat([batch.q, torch.full_like(batch.q, torch.nan).repeat(6, 1, 1)])[:64]
+    for kv in (batch.kv, batch.dense()):
+        out = torch.full_like(q, torch.nan)
+        varlen_attention(q, kv, batch.cu_seqlens_q, max_seqlen_q=64, max_seqlen_k=40, out=out)
+        torch.testing.assert_close(out[:10].double(), batch.expected()[0], rtol=4e-3, atol=4e-3)
+        assert out[10:].isnan().all()
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("size", [1e5, 1e6, "lowest"])
+def test_huge_biases(size: float | str, rows: int) -> None:
+    """Parts of a row that are added up agree on its maximum, however large it is."""
+    torch.manual_seed(0)
+    keys = 700
+    q, k, v = (torch.randn(n, 1, 64, device=DEVICE).half() for n in (rows, keys, keys))
+    bias = torch.rand(1, 1, rows, keys, device=DEVICE)
+    if size == "lowest":
+        bias.fill_(torch.finfo(torch.float32).min)
+    else:
+        bias += size
+    lengths = torch.tensor([rows, keys], dtype=torch.int32, device=DEVICE)
+    bounds = torch.tensor([0, rows], dtype=torch.int32, device=DEVICE)
+    out, lse = varlen_attention(
+        q, DenseKV(k, v, bounds[:1], lengths[1:]), bounds, causal=False, bias=bias,
+        max_seqlen_q=rows, max_seqlen_k=keys, return_lse=True,
+    )  # fmt: skip
+    # In float32 where the kernels round too: the sum of a score and its bias.
+    scores = (q[:, 0].double() @ k[:, 0].double().T / 8).float() + bias[0, 0]
+    weights = scores.double().softmax(-1)
+    torch.testing.assert_close(out[:, 0].double(), weights @ v[:, 0].double(), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(lse[0].double(), scores.double().logsumexp(-1), rtol=1e-6, atol=1e-3)
+
+
+def test_slots_of_no_stride_are_refused() -> None:
+    batch = Batch([(1, 20)], 1, 1, 64)
+    slots = torch.zeros(1, dtype=torch.int64, device=DEVICE).expand(20)
+    with pytest.raises(RuntimeError, match="slot_mapping must be contiguous"):
+        write_kv(batch.k[0], batch.v[0], batch.kv.k, batch.kv.v, slots)
