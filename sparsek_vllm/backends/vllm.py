@@ -89,13 +89,17 @@ class SparseKBackend(AttentionBackend):
 
     @classmethod
     def supports_dtype(cls, dtype: torch.dtype) -> bool:
-        return dtype in cls._dtypes()
+        return dtype in cls.dtypes(current_platform.is_cpu())
 
     @classmethod
-    def _dtypes(cls) -> list[torch.dtype]:
-        # Tensor cores have no float32; the CPU reference does.
-        extra = [torch.float32] if current_platform.is_cpu() else []
-        return [*cls.supported_dtypes, *extra]
+    def dtypes(cls, on_cpu: bool) -> list[torch.dtype]:
+        """Model dtypes. Tensor cores have no float32; the CPU reference does."""
+        return [*cls.supported_dtypes, *([torch.float32] if on_cpu else [])]
+
+    @classmethod
+    def kv_cache_dtypes(cls, on_cpu: bool) -> list[str]:
+        """KV cache dtypes: the kernels read no fp8 yet."""
+        return [d for d in cls.supported_kv_cache_dtypes if on_cpu or d not in _FP8_DTYPES]
 
     @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
@@ -113,10 +117,11 @@ class SparseKBackend(AttentionBackend):
     def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
         """Why this configuration cannot be served; vLLM shows the reasons and does not start."""
         given = vllm_compat.arguments_of(super().validate_configuration, *args, **kwargs)
+        on_cpu = current_platform.is_cpu()
         allowed: dict[str, list[Any]] = {
             "head_size": cls.get_supported_head_sizes(),
-            "dtype": cls._dtypes(),
-            "kv_cache_dtype": cls.supported_kv_cache_dtypes,
+            "dtype": cls.dtypes(on_cpu),
+            "kv_cache_dtype": cls.kv_cache_dtypes(on_cpu),
             "block_size": ["multiples of 16"],
         }
         reasons = []
@@ -133,15 +138,15 @@ class SparseKBackend(AttentionBackend):
             reasons.append(
                 f"kv_cache_dtype {cache} not supported with dtype {model} (allowed: auto, {model})"
             )
-        if not current_platform.is_cpu():
-            if given.get("kv_cache_dtype") in _FP8_DTYPES:
-                reasons.append(
-                    f"kv_cache_dtype {given['kv_cache_dtype']} not supported on CUDA "
-                    "(allowed: auto, float16, bfloat16)"
-                )
-            if not kernels.available():
-                reasons.append(f"CUDA kernels: {kernels.describe()}")
+        if not on_cpu and not kernels.available():
+            reasons.append(f"CUDA kernels: {kernels.describe()}")
         return reasons
+
+    @classmethod
+    def supports_kv_cache_dtype(cls, kv_cache_dtype: Any) -> bool:
+        return kv_cache_dtype is None or kv_cache_dtype in cls.kv_cache_dtypes(
+            current_platform.is_cpu()
+        )
 
     @classmethod
     def supports_compute_capability(cls, capability: Any) -> bool:

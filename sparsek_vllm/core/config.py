@@ -8,12 +8,24 @@ from pathlib import Path
 from typing import Any
 
 _ARCHS = ("90a", "100")
-_CHOICES: dict[str, tuple[Any, ...]] = {
+CHOICES: dict[str, tuple[Any, ...]] = {
     "cuda_arch": _ARCHS,
     "block_m": (64, 128, 192, 256),
     "block_n": (32, 64, 96, 128, 160, 176, 256),
     "num_stages": (1, 2, 3, 4, 5, 6, 7, 8),
     "num_warps": (4, 8, 12, 16),
+}
+
+
+# Variables that set a field of the default configuration.
+ENVIRONMENT = {
+    "BSK_CUDA_ARCH": "cuda_arch",
+    "BSK_AUTO_DETECT": "auto_detect_arch",
+    "BSK_FAST_MATH": "use_fast_math",
+    "BSK_PROFILE": "enable_profiling",
+    "BSK_DEBUG": "debug_mode",
+    "BSK_BUILD_DIR": "build_dir",
+    "CUTLASS_PATH": "cutlass_path",
 }
 
 
@@ -62,8 +74,8 @@ class Config:
     def __post_init__(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
-            if item.name in _CHOICES:
-                allowed = _CHOICES[item.name]
+            if item.name in CHOICES:
+                allowed = CHOICES[item.name]
                 if value not in allowed or type(value) is not type(allowed[0]):
                     raise ValueError(
                         f"Config.{item.name} must be one of {', '.join(map(repr, allowed))}, "
@@ -82,18 +94,16 @@ class Config:
         Raises:
             ValueError: a variable cannot be parsed.
         """
-        arch = os.environ.get("BSK_CUDA_ARCH") or "90a"
-        if arch not in _ARCHS:
-            raise ValueError(f"BSK_CUDA_ARCH must be one of {', '.join(_ARCHS)}, got {arch!r}")
-        return Config(
-            cuda_arch=arch,
-            auto_detect_arch=_flag("BSK_AUTO_DETECT", True),
-            use_fast_math=_flag("BSK_FAST_MATH", True),
-            enable_profiling=_flag("BSK_PROFILE", False),
-            debug_mode=_flag("BSK_DEBUG", False),
-            cutlass_path=os.environ.get("CUTLASS_PATH") or None,
-            build_dir=os.environ.get("BSK_BUILD_DIR") or None,
-        )
+        types = {item.name: item.type for item in fields(Config)}
+        given: dict[str, Any] = {}
+        for variable, name in ENVIRONMENT.items():
+            text = os.environ.get(variable, "").strip()
+            if not text:
+                continue
+            given[name] = _flag(variable, text) if types[name] == "bool" else text
+            if name == "cuda_arch" and text not in _ARCHS:
+                raise ValueError(f"{variable} must be one of {', '.join(_ARCHS)}, got {text!r}")
+        return Config(**given)
 
     def target_arch(self, device: int | None = None) -> str:
         """The architecture in force: the GPU's own if detection is on and it is supported.
@@ -116,13 +126,10 @@ class Config:
         return Path(self.build_dir or "~/.cache/blackwell_sparsek/build").expanduser()
 
 
-def _flag(name: str, default: bool) -> bool:
-    text = os.environ.get(name, "").strip().lower()
-    if not text:
-        return default
-    if text in ("1", "true", "yes", "on"):
+def _flag(name: str, text: str) -> bool:
+    if text.lower() in ("1", "true", "yes", "on"):
         return True
-    if text in ("0", "false", "no", "off"):
+    if text.lower() in ("0", "false", "no", "off"):
         return False
     raise ValueError(f"{name} must be 1 or 0 (true/false, yes/no, on/off), got {text!r}")
 
