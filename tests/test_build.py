@@ -140,6 +140,21 @@ def test_two_processes_compile_once(tmp_path: Path) -> None:
     assert left == {key, f"{key}.lock"}
 
 
+def test_the_first_use_finds_what_was_compiled_by_hand(tmp_path: Path) -> None:
+    environment = {**os.environ, "BSK_BUILD_DIR": str(tmp_path), "BSK_AUTO_DETECT": "0"}
+    by_hand = [sys.executable, "-m", "sparsek_vllm.build"]
+    subprocess.run(by_hand, env=environment, check=True, capture_output=True)
+    code = "from sparsek_vllm.core import kernels; print(kernels.describe())"
+    for arch in ("90a", "100"):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**environment, "BSK_CUDA_ARCH": arch},
+            capture_output=True,
+            text=True,
+        )
+        assert done.stdout.startswith(f"compiled ({tmp_path}"), done.stdout + done.stderr
+
+
 def test_key_changes_with_what_is_compiled(monkeypatch: Any) -> None:
     tools = build.find_tools()
     keys = {
