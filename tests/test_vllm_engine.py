@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import encoder
 import pytest
+import torch
 
 Engines = Callable[..., Any]
 
@@ -233,3 +235,9 @@ def test_speed_is_at_least_half_the_peers(ours_bf16: Any, peer_bf16: Any) -> Non
                 best[backend] = max(best[backend], tokens_per_second(llm))
         print(f"{name}: " + ", ".join(f"{who} {rate:.1f} tokens/s" for who, rate in best.items()))
         assert best[OURS] >= 0.5 * best[PEER], name
+
+
+def test_embeddings_of_an_encoder(model: Path, tmp_path: Path) -> None:
+    got, expected, counts = encoder.embeddings(model, tmp_path, dtype="float32")
+    assert list(counts) == ["varlen_attention:reference"]
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)

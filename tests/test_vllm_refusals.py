@@ -33,6 +33,7 @@ def select(**changes: Any) -> str:
         {"head_size": 128, "dtype": torch.float16, "block_size": None},
         {"dtype": torch.float32, "has_sliding_window": True, "has_sink": True},
         {"kv_cache_dtype": "fp8", "block_size": 256},
+        {"attn_type": "encoder_only"},
     ],
 )
 def test_accepted(changes: dict[str, Any]) -> None:
@@ -53,10 +54,14 @@ def test_accepted(changes: dict[str, Any]) -> None:
             "kv_cache_dtype int8_per_token_head not supported "
             "(allowed: auto, float16, bfloat16, fp8, fp8_e4m3, fp8_e5m2)",
         ),
+        (
+            {"kv_cache_dtype": "float16"},
+            "kv_cache_dtype float16 not supported with dtype bfloat16 (allowed: auto, bfloat16)",
+        ),
         ({"block_size": 24}, "block_size 24 not supported (allowed: multiples of 16)"),
         (
-            {"attn_type": "encoder_only"},
-            "attention type encoder_only not supported (allowed: decoder)",
+            {"attn_type": "encoder_decoder"},
+            "attention type encoder_decoder not supported (allowed: decoder, encoder_only)",
         ),
         ({"use_mla": True}, "MLA not supported"),
         ({"use_sparse": True}, "sparse not supported"),

@@ -21,6 +21,7 @@ from vllm.v1.attention.backend import (
 
 from sparsek_vllm.backends import vllm_compat
 from sparsek_vllm.core import (
+    DenseKV,
     PagedKV,
     get_default_config,
     kernels,
@@ -37,6 +38,9 @@ _FP8_DTYPES = {
     "fp8_e4m3": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
+
+
+_ATTENTION_TYPES = (AttentionType.DECODER.value, AttentionType.ENCODER_ONLY.value)
 
 
 class SparseKBackend(AttentionBackend):
@@ -103,7 +107,7 @@ class SparseKBackend(AttentionBackend):
 
     @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
-        return attn_type == AttentionType.DECODER
+        return attn_type in _ATTENTION_TYPES
 
     @classmethod
     def supports_sink(cls) -> bool:
@@ -131,7 +135,7 @@ class SparseKBackend(AttentionBackend):
                 choices = ", ".join(str(choice) for choice in allowed[argument])
                 reason = f"{argument} {given[argument]} not supported (allowed: {choices})"
             elif argument.startswith("attention type"):
-                reason = f"{reason} (allowed: {AttentionType.DECODER.value})"
+                reason = f"{reason} (allowed: {', '.join(_ATTENTION_TYPES)})"
             reasons.append(reason)
         cache, model = given.get("kv_cache_dtype"), str(given["dtype"]).removeprefix("torch.")
         if cache in ("float16", "bfloat16") and cache != model:
@@ -249,14 +253,16 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         name = vllm_compat.BACKEND_NAME
         if alibi_slopes is not None:
             raise ValueError(f"{name} does not support ALiBi (alibi_slopes)")
-        if attn_type != AttentionType.DECODER:
+        if attn_type not in _ATTENTION_TYPES:
             raise ValueError(f"{name} does not support attention type {attn_type}")
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        # vLLM counts the token itself; the ops count the keys before it.
-        self.window_left = -1 if sliding_window is None else sliding_window - 1
+        self.encoder_only = attn_type == AttentionType.ENCODER_ONLY
+        # vLLM counts the token itself; the ops count the keys before and after it.
+        side = -1 if sliding_window is None else sliding_window - 1
+        self.window = (side, side if self.encoder_only else -1)
         self.kv_cache_dtype = kv_cache_dtype
         self.fp8_dtype = _FP8_DTYPES.get(kv_cache_dtype)
         self.softcap = logits_soft_cap or 0.0
@@ -282,11 +288,13 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
     ) -> torch.Tensor:
         """Attend to the cache, which already holds this step's keys and values.
 
+        Encoder-only layers have no cache: they attend to ``key`` and ``value``.
+
         Args:
             layer: the vLLM layer, for its fp8 scales.
             query: ``[num_tokens, num_heads, head_size]``, padded past num_actual_tokens.
-            key: unused.
-            value: unused.
+            key: ``[num_tokens, num_kv_heads, head_size]``; used by encoder-only layers alone.
+            value: like key.
             kv_cache: this layer's cache as vLLM lays it out.
             attn_metadata: None while vLLM profiles memory: output is then zeroed.
             output: like query, or ``[num_tokens, num_heads * head_size]``; written in place.
@@ -302,21 +310,31 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
             kernels.workspace(query.device)
             return output.zero_()
         tokens = attn_metadata.num_actual_tokens
-        k, v = self._views(kv_cache)
-        quantised = self.fp8_dtype is not None
-        varlen_attention(
-            query[:tokens],
-            PagedKV(
+        kv: PagedKV | DenseKV
+        if self.encoder_only:
+            kv = DenseKV(
+                key[:tokens],
+                value[:tokens],
+                attn_metadata.query_start_loc[:-1],
+                attn_metadata.seq_lens,
+            )
+        else:
+            k, v = self._views(kv_cache)
+            quantised = self.fp8_dtype is not None
+            kv = PagedKV(
                 k,
                 v,
                 attn_metadata.block_table,
                 attn_metadata.seq_lens,
                 layer._k_scale if quantised else None,
                 layer._v_scale if quantised else None,
-            ),
+            )
+        varlen_attention(
+            query[:tokens],
+            kv,
             attn_metadata.query_start_loc,
             causal=attn_metadata.causal,
-            window=(self.window_left, -1),
+            window=self.window,
             scale=self.scale,
             softcap=self.softcap,
             sinks=self.sinks,
@@ -335,6 +353,8 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         slot_mapping: torch.Tensor,
     ) -> None:
         """Write this step's keys and values; vLLM calls it before :meth:`forward`."""
+        if self.encoder_only:
+            return
         k, v = self._views(kv_cache)
         quantised = self.fp8_dtype is not None
         write_kv(

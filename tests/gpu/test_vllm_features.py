@@ -13,7 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import encoder
 import pytest
+import torch
 
 pytest.importorskip("vllm")
 
@@ -118,3 +120,11 @@ def test_tokens_stay_the_same(name: str, plain: Any, model: Path) -> None:
     for (tokens, _), (expected, gaps) in zip(answers, plain, strict=True):
         split = next((i for i, t in enumerate(tokens) if t != expected[i]), None)
         assert split is None or gaps[split] < NEAR, (split, gaps[split])
+
+
+def test_embeddings_of_an_encoder(model: Path, tmp_path: Path) -> None:
+    got, expected, counts = encoder.embeddings(
+        model, tmp_path, dtype="float16", gpu_memory_utilization=0.1
+    )
+    assert list(counts) == ["varlen_attention:portable"]
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-3)
