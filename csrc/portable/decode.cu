@@ -8,7 +8,7 @@
 // warp streams its own 16 of a unit's 64 keys through its own ring in shared memory, and the warps
 // meet only at the end of a segment, the part of a share that belongs to one KV head. A segment
 // that is no whole is left in the workspace; the last thread block to arrive adds the parts up, in
-// the order of the keys, so that results do not depend on timing.
+// an order that does not depend on timing.
 #include "../common/request.cuh"
 #include "portable.h"
 
@@ -289,36 +289,44 @@ __global__ void __launch_bounds__(kThreads, kDecodeBlocksPerMultiprocessor)
       // it leaves unfinished.
       return p.partials + (2 * int64_t{block} + (block == first_block)) * kPartFloats;
     };
-    const auto finish = [&](int row, int column, float peak, float sum, float value) {
+    // Four neighbours of a row.
+    const auto finish = [&](int row, int column, float peak, float sum, float4 value) {
       const int r = row0 + row, query = p.group_divisor(r);
       const int head = kv_head * p.group + r - query * p.group;
       const int64_t token = int64_t{request.q_begin} + query;
       const RowState state = finish_row(p, peak * (kGeneral ? 1.0f : p.scale), sum, head);
-      static_cast<T*>(p.out)[token * p.out_stride_token + head * p.out_stride_head + column] =
-          static_cast<T>(value * state.factor);
+      uint32_t* destination = reinterpret_cast<uint32_t*>(
+          static_cast<T*>(p.out) + token * p.out_stride_token + head * p.out_stride_head + column);
+      destination[0] = pack<T>(value.x * state.factor, value.y * state.factor);
+      destination[1] = pack<T>(value.z * state.factor, value.w * state.factor);
       if (p.lse && column == 0) p.lse[head * p.lse_stride_head + token] = state.lse;
     };
-
+    const auto add = [](float4& to, float factor, float4 value) {
+      to.x += factor * value.x, to.y += factor * value.y;
+      to.z += factor * value.z, to.w += factor * value.w;
+    };
     // Of a part whose maximum is `own`, where the whole's is `peak`.
     const auto weight = [&](float own, float peak) {
       return peak == -INFINITY ? 0.0f : exp2_approx((own - peak) * exponent_scale);
     };
-    for (int i = thread; i < rows * kHeadDim; i += kThreads) {
+
+    for (int i = 4 * thread; i < rows * kHeadDim; i += 4 * kThreads) {
       const int row = i / kHeadDim, column = i % kHeadDim;
-      float peak = -INFINITY, sum = 0, value = 0;
+      float peak = -INFINITY, sum = 0;
+      float4 value = {};
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) peak = fmaxf(peak, row_maxima[w][row]);
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
         const float factor = weight(row_maxima[w][row], peak);
         sum += factor * row_sums[w][row];
-        value += factor * reinterpret_cast<const float*>(shared + w * kRingBytes)[i];
+        add(value, factor, *reinterpret_cast<const float4*>(shared + w * kRingBytes + 4 * i));
       }
       if (whole) {
         finish(row, column, peak, sum, value);
       } else {
         float* part = part_of(blockIdx.x);
-        part[i] = value;
+        *reinterpret_cast<float4*>(part + i) = value;
         if (column == 0) {
           part[kRows * kHeadDim + row] = peak;
           part[kRows * kHeadDim + kRows + row] = sum;
@@ -337,19 +345,45 @@ __global__ void __launch_bounds__(kThreads, kDecodeBlocksPerMultiprocessor)
       __syncthreads();
       if (last_to_arrive) {
         __threadfence();
-        for (int i = thread; i < rows * kHeadDim; i += kThreads) {
-          const int row = i / kHeadDim, column = i % kHeadDim;
-          float peak = -INFINITY, sum = 0, value = 0;
-          for (int block = first_block; block <= last_block; ++block)
-            peak = fmaxf(peak, __ldcg(part_of(block) + kRows * kHeadDim + row));
-          for (int block = first_block; block <= last_block; ++block) {
-            const float* part = part_of(block);
-            const float part_peak = __ldcg(part + kRows * kHeadDim + row);
-            const float factor = weight(part_peak, peak);
-            sum += factor * __ldcg(part + kRows * kHeadDim + kRows + row);
-            value += factor * __ldcg(part + i);
+        // A load takes longer than everything else here: all that can be are in flight together.
+        // A warp takes a row, a lane every 32nd part of it; the parts' weights go to the rings.
+        const int parts = last_block - first_block + 1;
+        float* weights = reinterpret_cast<float*>(shared);
+        float* sums = weights + parts * kRows;
+        for (int row = warp; row < rows; row += kWarps) {
+          float peak = -INFINITY, sum = 0;
+          for (int k = lane; k < parts; k += 32) {
+            const float* part = part_of(first_block + k) + kRows * kHeadDim + row;
+            const float own = __ldcg(part);
+            weights[k * kRows + row] = own;
+            sums[k * kRows + row] = __ldcg(part + kRows);
+            peak = fmaxf(peak, own);
           }
-          finish(row, column, peak, sum, value);
+#pragma unroll
+          for (int step = 16; step > 0; step /= 2)
+            peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, step));
+          for (int k = lane; k < parts; k += 32) {
+            const float factor = weight(weights[k * kRows + row], peak);
+            weights[k * kRows + row] = factor;
+            sum += factor * sums[k * kRows + row];
+          }
+#pragma unroll
+          for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+          if (lane == 0) {
+            row_maxima[0][row] = peak;
+            row_sums[0][row] = sum;
+          }
+        }
+        __syncthreads();
+        for (int i = 4 * thread; i < rows * kHeadDim; i += 4 * kThreads) {
+          const int row = i / kHeadDim, column = i % kHeadDim;
+          float4 value = {};
+#pragma unroll 8
+          for (int k = 0; k < parts; ++k) {
+            const auto* part = reinterpret_cast<const float4*>(part_of(first_block + k) + i);
+            add(value, weights[k * kRows + row], __ldcg(part));
+          }
+          finish(row, column, row_maxima[0][row], row_sums[0][row], value);
         }
       }
     }
@@ -365,7 +399,11 @@ cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
   cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
-  kernel<<<p.multiprocessors * kDecodeBlocksPerMultiprocessor, kThreads, bytes, stream>>>(p);
+  const int blocks = p.multiprocessors * kDecodeBlocksPerMultiprocessor;
+  // All of them can hold a part of the same rows, whose weights and sums go to shared memory.
+  if (blocks * kRows * 2 * static_cast<int>(sizeof(float)) > bytes)
+    return cudaErrorInvalidConfiguration;
+  kernel<<<blocks, kThreads, bytes, stream>>>(p);
   return cudaGetLastError();
 }
 
