@@ -119,12 +119,12 @@ What the backend tells vLLM, asked of its classes:
 
 What vLLM does around attention, and the test that shows it with this backend:
 
-| | on CPU, in CI | on a GPU, `make test-gpu` |
+| | on CPU, in CI | on a GPU: written, not yet run to the end |
 | --- | --- | --- |
 | chunked prefill, prefix caching, mixed batches, preemption | `tests/test_vllm_engine.py` \
 | `tests/gpu/test_vllm_features.py` |
 | parallel sampling, streaming, clients that hang up | `tests/test_server.py` \
-| `tests/gpu/soak.py` |
+| `tests/gpu/soak.py`, by hand |
 | logits softcap, sliding window | `tests/test_vllm_engine.py` | `tests/test_kernels.py` |
 | torch.compile, CUDA graphs | | `tests/gpu/test_vllm_features.py` |
 | speculative decoding: n-gram, draft model | | `tests/gpu/test_vllm_features.py` |
@@ -132,7 +132,7 @@ What vLLM does around attention, and the test that shows it with this backend:
 
 | GPU | |
 | --- | --- |
-| Hopper (sm_90) | runs, tested on an H200 |
+| Hopper (sm_90) | runs, tested on an H200 (decode before its last change) |
 | Blackwell (sm_100, sm_103) | compiles, never run |
 | later, and sm_120 | through PTX, never run |
 | older | refused |

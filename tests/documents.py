@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -95,6 +96,9 @@ def run(block: Block, model: Path, folder: Path) -> str:
 @contextlib.contextmanager
 def serving(block: Block, model: Path, folder: Path) -> Iterator[None]:
     """The server that a block starts, while it runs."""
+    with socket.socket() as probe:  # another server would answer in its place
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", 8000))
     log = folder / "server.log"
     process = subprocess.Popen(
         ["bash", "-euo", "pipefail", "-c", command(block, model)],
@@ -108,6 +112,8 @@ def serving(block: Block, model: Path, folder: Path) -> Iterator[None]:
                 break
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]
             time.sleep(0.5)
+        with urllib.request.urlopen(f"{URL}/metrics") as metrics:
+            assert b"sparsek:attention_info{" in metrics.read()
         yield
     finally:
         os.killpg(process.pid, signal.SIGINT)

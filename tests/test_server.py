@@ -6,6 +6,7 @@ import asyncio
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
@@ -108,6 +109,27 @@ def test_the_metrics_say_which_path_runs(server: Server) -> None:
     assert info % __version__ in lines
     # vLLM's own are still there.
     assert any(line.startswith("vllm:num_requests_running{") for line in lines)
+
+
+METRIC = """
+from types import SimpleNamespace
+from prometheus_client import generate_latest
+from sparsek_vllm.backends.vllm_compat import backend_member
+from sparsek_vllm.backends.vllm_metrics import AttentionInfo
+AttentionInfo(SimpleNamespace(attention_config=SimpleNamespace(backend=backend_member())))
+print(generate_latest().decode().count("sparsek:attention_info{"))
+"""
+
+
+@pytest.mark.parametrize(("device", "count"), [("", "1"), ("cpu", "0")])
+def test_the_metric_is_there_only_where_the_choice_is_honoured(device: str, count: str) -> None:
+    """VLLM_TARGET_DEVICE=cpu takes CPU_ATTN whatever is chosen."""
+    environment = {k: v for k, v in os.environ.items() if k != "VLLM_TARGET_DEVICE"}
+    environment |= {"VLLM_TARGET_DEVICE": device} if device else {}
+    done = subprocess.run(
+        [sys.executable, "-c", METRIC], capture_output=True, text=True, env=environment
+    )
+    assert done.stdout.strip().splitlines()[-1:] == [count], done.stderr[-2000:]
 
 
 def test_thirty_two_parallel_clients(server: Server) -> None:

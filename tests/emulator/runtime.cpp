@@ -10,7 +10,4 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
 int aoti_torch_get_current_cuda_stream(int32_t, void** stream) { return *stream = nullptr, 0; }
-
-// Seeds the order in which threads and blocks run.
-void emulator_seed(unsigned seed) { emulator::random_numbers.seed(seed); }
 }
