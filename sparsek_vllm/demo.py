@@ -125,7 +125,7 @@ class Server:
         backend: str = BACKEND_NAME,
         eager: bool = True,
     ) -> None:
-        self.port = _free_port(port)
+        self.port = free_port(port)
         self.url = f"http://127.0.0.1:{self.port}"
         self.timeout = timeout
         self.log = Path(tempfile.mkstemp(prefix="sparsek-server-", suffix=".log")[1])
@@ -205,7 +205,8 @@ def _open(request: Any, timeout: float) -> Iterator[Any]:
         yield answer
 
 
-def _free_port(port: int) -> int:
+def free_port(port: int = 0) -> int:
+    """``port`` on loopback, or any free one for 0; DemoError where it is taken."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from sparsek_vllm.demo import Server
 
 ROOT = Path(__file__).resolve().parent.parent
 # api_reference.md is published elsewhere and kept verbatim; test_api_reference.py runs it.
@@ -24,7 +20,6 @@ DOCUMENTS = [
 ]
 # What a block can need that CI has not. Those that need a GPU alone run in `make test-gpu`.
 NEEDS = {"a GPU", "two GPUs", "Docker", "Kubernetes", "Ray"}
-URL = "http://127.0.0.1:8000"
 
 
 @dataclass(frozen=True)
@@ -93,31 +88,17 @@ def run(block: Block, model: Path, folder: Path) -> str:
     return done.stdout
 
 
-@contextlib.contextmanager
-def serving(block: Block, model: Path, folder: Path) -> Iterator[None]:
-    """The server that a block starts, while it runs."""
-    with socket.socket() as probe:  # another server would answer in its place
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(("127.0.0.1", 8000))
-    log = folder / "server.log"
-    process = subprocess.Popen(
-        ["bash", "-euo", "pipefail", "-c", command(block, model)],
-        stdout=log.open("w"), stderr=subprocess.STDOUT, env=environment(), start_new_session=True,
-    )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 600
-        while True:
-            with contextlib.suppress(OSError, urllib.error.URLError):
-                urllib.request.urlopen(f"{URL}/health", timeout=5).close()
-                break
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]
-            time.sleep(0.5)
-        with urllib.request.urlopen(f"{URL}/metrics") as metrics:
+class Written(Server):
+    """The server that a block starts, on port 8000 as it is written."""
+
+    def __init__(self, block: Block, model: Path) -> None:
+        super().__init__(model, port=8000, timeout=600)
+        path = environment()["PATH"]
+        self.command = ["env", f"PATH={path}", "bash", "-euo", "pipefail", "-c"]
+        self.command.append(command(block, model))
+
+    def __enter__(self) -> Written:
+        super().__enter__()
+        with urllib.request.urlopen(f"{self.url}/metrics") as metrics:
             assert b"sparsek:attention_info{" in metrics.read()
-        yield
-    finally:
-        os.killpg(process.pid, signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(30)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        return self

@@ -53,24 +53,17 @@ def _compile(folder: Path) -> Path:
     flags += [f"-I{sources}", f"-I{include}", f"-I{tools.torch}/include", "-DUSE_CUDA"]
     flags += [f"-DTORCH_TARGET_VERSION={build.TORCH_TARGET}", f"-DSPARSEK_NAMESPACE={NAMESPACE}"]
     flags += [f"-DEMULATED_MULTIPROCESSORS={MULTIPROCESSORS}"]
-    jobs = [(source, ()) for source in ("ops.cu", "portable/cache.cu", "portable/merge.cu")]
-    jobs += [("common/runtime.cpp", ())]
-    for kernel in ("prefill", "decode"):
-        for dtype in ("__half", "__nv_bfloat16"):
-            for dim in (64, 128):
-                defines = (f"-DSPARSEK_DTYPE={dtype}", f"-DSPARSEK_HEAD_DIM={dim}")
-                jobs.append((f"portable/{kernel}.cu", defines))
 
-    def run(job: tuple[int, tuple[str, tuple[str, ...]]]) -> str:
-        number, (source, defines) = job
-        output = folder / f"{number}.o"
+    def run(unit: tuple[str, str, list[str]]) -> str:
+        name, source, defines = unit
+        output = folder / f"{name}.o"
         command = [tools.compiler, *flags, *defines, "-c", sources / source, "-o", output]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
         return str(output)
 
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(run, enumerate(jobs)))
+        objects = list(pool.map(run, [*build.units(), ("runtime", "common/runtime.cpp", [])]))
     library = folder / "emulated.so"
     link = [f"-L{tools.torch}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
     subprocess.run([tools.compiler, "-shared", "-o", library, *objects, *link], check=True)

@@ -12,11 +12,9 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,8 @@ from typing import Any
 import pytest
 import yaml
 from dockerfile_parse import DockerfileParser
+
+from sparsek_vllm.demo import Server, free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy"
@@ -137,12 +137,6 @@ def instructions(path: Path) -> dict[str, Any]:
     return found
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 class Root:
     """A root file system that takes the instructions of a Dockerfile."""
 
@@ -248,42 +242,24 @@ def cpu_image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Root]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def started(root: Root, port: int, **environment: str) -> Iterator[str]:
-    """The container's entry point, without a way to the package registries."""
-    start = json.loads(instructions(DEPLOY / "Dockerfile.cpu")["ENTRYPOINT"])
-    log = root.folder / "server.log"
-    process = subprocess.Popen(
-        root.arguments(start),
-        env={**root.environment, "PORT": str(port), "HOST": "127.0.0.1", **environment},
-        stdout=log.open("w"), stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 300
-        while True:
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            alive = process.poll() is None and time.monotonic() < deadline
-            assert alive, log.read_text()[-4000:]
-            time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(30)
-            os.killpg(process.pid, signal.SIGKILL)
+class Container(Server):
+    """The image's entry point, without a way to the package registries."""
+
+    def __init__(self, root: Root) -> None:
+        super().__init__(root.folder, timeout=300)
+        start = json.loads(instructions(DEPLOY / "Dockerfile.cpu")["ENTRYPOINT"])
+        inside = {**root.environment, "PORT": str(self.port), "HOST": "127.0.0.1"}
+        self.command = ["env", "-i", *(f"{k}={v}" for k, v in inside.items())]
+        self.command += root.arguments(start)
 
 
 def test_cpu_image_serves(cpu_image: Root) -> None:
-    port = free_port()
-    with started(cpu_image, port) as url:
-        check = command(*cpu_image.arguments(["python3", "/opt/sparsek/check.py", url]),
+    with Container(cpu_image) as server:
+        check = command(*cpu_image.arguments(["python3", "/opt/sparsek/check.py", server.url]),
                         env=cpu_image.environment)  # fmt: skip
         assert check.startswith("demo: The capital of France is Paris.\nsparsek:attention_info{")
         health = instructions(DEPLOY / "Dockerfile.cpu")["HEALTHCHECK"].split("CMD ")[1]
-        inside = {**cpu_image.environment, "PORT": str(port)}
+        inside = {**cpu_image.environment, "PORT": str(server.port)}
         command(*cpu_image.arguments(json.loads(health)), env=inside)
         # Nobody listens there.
         unhealthy = subprocess.run(

@@ -31,7 +31,7 @@ def test_what_blocks_need_is_known() -> None:
 @pytest.mark.parametrize("block", SERVERS, ids=lambda block: block.name)
 def test_servers(block: Block, model: Path, tmp_path: Path) -> None:
     """They answer the clients of all documents."""
-    with documents.serving(block, model, tmp_path):
+    with documents.Written(block, model):
         for client in CLIENTS:
             assert documents.run(client, model, tmp_path).strip()
 

@@ -260,6 +260,19 @@ def _jobs() -> list[str]:
     return ["-j", jobs] if jobs else []
 
 
+def units() -> Iterator[tuple[str, str, list[str]]]:
+    """What a library is compiled from: name, source and definitions of each object."""
+    for kernel in ("prefill", "decode"):
+        for dtype in ("__half", "__nv_bfloat16"):
+            for head_dim in (64, 128):
+                defines = [f"-DSPARSEK_DTYPE={dtype}", f"-DSPARSEK_HEAD_DIM={head_dim}"]
+                name = f"{kernel}_{dtype.strip('_')}_{head_dim}"
+                yield name, f"portable/{kernel}.cu", defines
+    yield "cache", "portable/cache.cu", []
+    yield "merge", "portable/merge.cu", []
+    yield "ops", "ops.cu", []
+
+
 def _ninja_file(tools: Tools, variant: Variant, archs: Sequence[str]) -> str:
     root = sources()
     gencode = [f"-gencode {code}" for arch in archs for code in _GENCODE[arch]]
@@ -293,24 +306,18 @@ def _ninja_file(tools: Tools, variant: Variant, archs: Sequence[str]) -> str:
         f"  command = {tools.compiler} -shared -o $out $in {' '.join(link)}",
     ]
     objects = []
-
-    def compile_(name: str, source: str, extra: str) -> None:
+    for name, source, defines in units():
         objects.append(f"{name}.o")
         lines.append(f"build {name}.o: compile {root / source}")
-        lines.append(f"  extra = {extra}")
-
-    for kernel in ("prefill", "decode"):
-        for dtype in ("__half", "__nv_bfloat16"):
-            for head_dim in (64, 128):
-                name = f"{kernel}_{dtype.strip('_')}_{head_dim}"
-                extra = f"-DSPARSEK_DTYPE={dtype} -DSPARSEK_HEAD_DIM={head_dim}"
-                compile_(name, f"portable/{kernel}.cu", extra)
-    compile_("cache", "portable/cache.cu", "")
-    compile_("merge", "portable/merge.cu", "")
-    compile_("ops", "ops.cu", " ".join(torch_flags))
+        lines.append(f"  extra = {' '.join(torch_flags if name == 'ops' else defines)}")
     lines.append(f"build {LIBRARY}: link {' '.join(objects)}")
     lines.append(f"default {LIBRARY}")
     return "\n".join(lines) + "\n"
+
+
+def cache_folder(folder: str | None) -> Path:
+    """Where compiled kernels are kept, if ``folder`` says nothing else."""
+    return Path(folder or "~/.cache/blackwell_sparsek/build").expanduser()
 
 
 def cached(directory: Path, variant: Variant, archs: Sequence[str], verbose: bool = False) -> Path:
@@ -384,10 +391,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if folder:
             print(build(folder, find_tools(), DEFAULT, archs, options.verbose))
         else:
-            cache = os.environ.get("BSK_BUILD_DIR") or "~/.cache/blackwell_sparsek/build"
+            cache = cache_folder(os.environ.get("BSK_BUILD_DIR"))
             # One library each: the first use looks for that of its GPU alone.
             for arch in archs:
-                print(cached(Path(cache).expanduser(), DEFAULT, [arch], options.verbose))
+                print(cached(cache, DEFAULT, [arch], options.verbose))
     except BuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from sparsek_vllm import build
+
 _ARCHS = ("90a", "100")
 CHOICES: dict[str, tuple[Any, ...]] = {
     "cuda_arch": _ARCHS,
@@ -123,7 +125,7 @@ class Config:
 
     def build_path(self) -> Path:
         """Where compiled kernels are cached."""
-        return Path(self.build_dir or "~/.cache/blackwell_sparsek/build").expanduser()
+        return build.cache_folder(self.build_dir)
 
 
 def _flag(name: str, text: str) -> bool:

@@ -14,7 +14,7 @@ BLOCKS = [b for b in documents.blocks() if b.needs == {"a GPU"}]
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
 def test_block_runs(block: Block, model: Path, tmp_path: Path) -> None:
     if block.starts_server:
-        with documents.serving(block, model, tmp_path):
+        with documents.Written(block, model):
             for client in (b for b in documents.blocks() if b.asks_server):
                 assert documents.run(client, model, tmp_path).strip()
     else:
