@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 BIN := $(CURDIR)/$(VENV)/bin
+# Others need what is not installed beside a GPU.
+ON_KERNELS := tests/test_kernels.py tests/test_ops_properties.py tests/test_xformers.py
 
 .PHONY: demo test test-gpu lint docs clean
 
@@ -13,12 +15,13 @@ demo: $(READY)
 
 test: lint
 	$(BIN)/python -m pytest tests --ignore tests/gpu --ignore tests/test_kernels.py
-	SPARSEK_TEST_DEVICE=emulated $(BIN)/python -m pytest tests -m on_kernels --ignore tests/gpu
+	SPARSEK_TEST_DEVICE=emulated $(BIN)/python -m pytest $(ON_KERNELS) -m on_kernels
 
 # The tests of the kernels on CUDA, and what only a GPU can run.
+test-gpu: export SPARSEK_TEST_DEVICE = cuda
 test-gpu: $(READY)
-	SPARSEK_TEST_DEVICE=cuda $(BIN)/python -m pytest tests -m on_kernels --ignore tests/gpu
-	SPARSEK_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/test_utils.py
+	$(BIN)/python -m pytest $(ON_KERNELS) -m on_kernels
+	$(BIN)/python -m pytest tests/test_utils.py
 	$(BIN)/python -m pytest tests/gpu
 
 # The documentation site; a warning is an error.

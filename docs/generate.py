@@ -119,7 +119,7 @@ What the backend tells vLLM, asked of its classes:
 
 What vLLM does around attention, and the test that shows it with this backend:
 
-| | on CPU, in CI | on a GPU: written, not yet run to the end |
+| | on CPU, in CI | on an H200 |
 | --- | --- | --- |
 | chunked prefill, prefix caching, mixed batches, preemption | `tests/test_vllm_engine.py` \
 | `tests/gpu/test_vllm_features.py` |
@@ -132,7 +132,7 @@ What vLLM does around attention, and the test that shows it with this backend:
 
 | GPU | |
 | --- | --- |
-| Hopper (sm_90) | runs, tested on an H200 (decode before its last change) |
+| Hopper (sm_90) | runs, tested on an H200 |
 | Blackwell (sm_100, sm_103) | compiles, never run |
 | later, and sm_120 | through PTX, never run |
 | older | refused |

@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 import target
+from engine import running_engine
 
 # For the processes that tests start too.
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-STATS = "sparsek_vllm.backends.vllm_worker.StatsExtension"
 
 
 @pytest.fixture(scope="session")
@@ -44,24 +43,6 @@ def kernels_on_the_host() -> Iterator[None]:
             yield
     else:
         yield
-
-
-@contextlib.contextmanager
-def running_engine(model: Path | str, **arguments: Any) -> Iterator[Any]:
-    """An ``LLM`` whose processes end with the context."""
-    from vllm import LLM
-
-    settings: dict[str, Any] = {
-        "enforce_eager": True,
-        "worker_extension_cls": STATS,
-        "disable_log_stats": False,
-        "seed": 0,
-    }
-    llm = LLM(str(model), **{**settings, **arguments})
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import running_engine
+from engine import running_engine
 
 
 def embeddings(

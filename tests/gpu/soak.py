@@ -51,9 +51,15 @@ class Soak:
 
     async def ask(self, prompt: list[int], **options: Any) -> Any:
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         self.number += 1
-        parameters = SamplingParams(detokenize=False, ignore_eos=True, **options)
+        parameters = SamplingParams(
+            detokenize=False,
+            ignore_eos=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,  # else only the samples of the last step
+            **options,
+        )
         last = None
         async for last in self.engine.generate(  # noqa: B007
             {"prompt_token_ids": prompt}, parameters, f"soak-{self.number}"

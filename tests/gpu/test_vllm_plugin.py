@@ -28,7 +28,7 @@ from vllm import LLM, SamplingParams
 if __name__ == "__main__":
     llm = LLM(sys.argv[1], load_format="dummy", skip_tokenizer_init=True, max_model_len=128,
               enforce_eager=True, dtype="bfloat16", gpu_memory_utilization=0.1,
-              attention_config={"backend": sys.argv[2]})
+              kv_cache_memory_bytes=1 << 30, attention_config={"backend": sys.argv[2]})
     prompt = {"prompt_token_ids": [5, 6, 7]}
     out = llm.generate([prompt], SamplingParams(max_tokens=4, detokenize=False), use_tqdm=False)
     print("generated", len(out[0].outputs[0].token_ids))

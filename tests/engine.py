@@ -1,0 +1,28 @@
+"""An engine of vLLM in the test's own process."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+STATS = "sparsek_vllm.backends.vllm_worker.StatsExtension"
+
+
+@contextlib.contextmanager
+def running_engine(model: Path | str, **arguments: Any) -> Iterator[Any]:
+    """An ``LLM`` whose processes end with the context."""
+    from vllm import LLM
+
+    settings: dict[str, Any] = {
+        "enforce_eager": True,
+        "worker_extension_cls": STATS,
+        "disable_log_stats": False,
+        "seed": 0,
+    }
+    llm = LLM(str(model), **{**settings, **arguments})
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
