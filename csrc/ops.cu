@@ -7,12 +7,16 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <optional>
 #include <stdexcept>
 #include <string>
 
 #include "params.h"
 #include "portable/portable.h"
+#ifdef SPARSEK_SM90
+#include "sm90/sm90.h"
+#endif
 
 #ifndef SPARSEK_NAMESPACE
 #define SPARSEK_NAMESPACE sparsek
@@ -50,13 +54,16 @@ class DeviceScope {
     if (device_ != previous_) cudaSetDevice(previous_);
   }
   cudaStream_t stream() const { return stream_; }
-  int multiprocessors() const {
-    int count = 0;
-    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_));
-    return count;
-  }
+  int multiprocessors() const { return attribute(cudaDevAttrMultiProcessorCount); }
+  bool is_hopper() const { return attribute(cudaDevAttrComputeCapabilityMajor) == 9; }
 
  private:
+  int attribute(cudaDeviceAttr which) const {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, which, device_));
+    return value;
+  }
+
   int device_ = 0, previous_ = 0;
   cudaStream_t stream_ = nullptr;
 };
@@ -102,8 +109,9 @@ void check_aligned(const char* name, const Tensor& tensor) {
 
 KVTensor kv_tensor(const Tensor& tensor) {
   const int dims = static_cast<int>(tensor.dim());
-  return {tensor.data_ptr(), dims == 4 ? stride(tensor, 0) : 0, stride(tensor, dims - 3),
-          stride(tensor, dims - 2)};
+  const bool paged = dims == 4;
+  return {tensor.data_ptr(),        paged ? stride(tensor, 0) : 0, stride(tensor, dims - 3),
+          stride(tensor, dims - 2), paged ? tensor.size(0) : 1,    tensor.size(dims - 3)};
 }
 
 // Calls f<T, head_dim>, for the types and sizes that attention is compiled for.
@@ -130,13 +138,18 @@ void for_type_and_size(ScalarType type, int64_t head_dim, F f) {
 
 struct LaunchAttention {
   const AttentionParams& p;
-  bool with_prefill, with_decode;
+  bool with_prefill, with_decode, hopper;
   cudaStream_t stream;
 
   template <typename T, int kHeadDim>
   void operator()() const {
     if (with_prefill) check(portable::prefill<T, kHeadDim>(p, stream));
-    if (with_decode) check(portable::decode<T, kHeadDim>(p, stream));
+    if (!with_decode) return;
+#ifdef SPARSEK_SM90
+    if (hopper && sm90::has_tensor_map(p.k, p.kv_heads) && sm90::has_tensor_map(p.v, p.kv_heads))
+      return check(sm90::decode<T, kHeadDim>(p, stream));
+#endif
+    check(portable::decode<T, kHeadDim>(p, stream));
   }
 };
 
@@ -213,6 +226,7 @@ void varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
 
   // A few tiles of rows re-read keys from L2 at little cost, and only decode splits long keys.
   p.decode_rows = (max_seqlen_k >= 1024 ? 4 : 1) * portable::kDecodeRows;
+  p.most_rows = std::min<int64_t>(max_seqlen_q * p.group, p.decode_rows);
   const bool with_prefill = max_seqlen_q * p.group > p.decode_rows;
   const bool with_decode = min_seqlen_q * p.group <= p.decode_rows;
 
@@ -229,8 +243,9 @@ void varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
     p.arrivals = static_cast<int*>(workspace->data_ptr());
     p.partials = static_cast<float*>(workspace->data_ptr()) + counters;
   }
-  for_type_and_size(q.scalar_type(), head_dim,
-                    LaunchAttention{p, with_prefill, with_decode, device.stream()});
+  for_type_and_size(
+      q.scalar_type(), head_dim,
+      LaunchAttention{p, with_prefill, with_decode, device.is_hopper(), device.stream()});
 }
 
 void write_kv(const Tensor& key, const Tensor& value, Tensor k_cache, Tensor v_cache,

@@ -34,10 +34,12 @@ struct FastDivisor {
 
 enum class Float : int { kFloat32, kFloat16, kBFloat16 };
 
-// Keys or values. Strides are in elements. Packed (not paged) tensors have no stride_block.
+// Keys or values. Strides are in elements; where there is one of a kind, its stride is 0. Packed
+// (not paged) tensors are one block.
 struct KVTensor {
   const void* data;
   int64_t stride_block, stride_token, stride_head;
+  int64_t blocks, tokens;  // tokens: of a block
 };
 
 struct AttentionParams {
@@ -68,8 +70,9 @@ struct AttentionParams {
   // Requests with at most this many rows (queries times group) are the decode kernel's, the
   // others the prefill kernel's.
   int decode_rows;
-  float* partials;  // workspace of the decode kernel
-  int* arrivals;    // zero before and after each launch
+  int64_t most_rows;  // that a request of the decode kernel can have
+  float* partials;    // workspace of the decode kernel
+  int* arrivals;      // zero before and after each launch
 };
 
 struct WriteParams {

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from sparsek_vllm import build
-from sparsek_vllm.core import kernels, ops
+from sparsek_vllm.core import get_default_config, kernels, ops
 
 HERE = Path(__file__).resolve().parent / "emulator"
 NAMESPACE = "sparsek_emulated"
@@ -54,16 +54,17 @@ def _compile(folder: Path) -> Path:
     flags += [f"-DTORCH_TARGET_VERSION={build.TORCH_TARGET}", f"-DSPARSEK_NAMESPACE={NAMESPACE}"]
     flags += [f"-DEMULATED_MULTIPROCESSORS={MULTIPROCESSORS}"]
 
-    def run(unit: tuple[str, str, list[str]]) -> str:
-        name, source, defines = unit
-        output = folder / f"{name}.o"
-        command = [tools.compiler, *flags, *defines, "-c", sources / source, "-o", output]
+    def run(part: build.Object) -> str:
+        output = folder / f"{part.name}.o"
+        command = [tools.compiler, *flags, *part.defines, "-c", sources / part.source, "-o", output]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
         return str(output)
 
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(run, [*build.units(), ("runtime", "common/runtime.cpp", [])]))
+        runtime = build.Object("runtime", "common/runtime.cpp", [], ())
+        parts = build.objects(kernels.variant(get_default_config()), ["90"])
+        objects = list(pool.map(run, [*parts, runtime]))
     library = folder / "emulated.so"
     link = [f"-L{tools.torch}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
     subprocess.run([tools.compiler, "-shared", "-o", library, *objects, *link], check=True)

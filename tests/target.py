@@ -1,7 +1,7 @@
 """What the tests of the ops run on: SPARSEK_TEST_DEVICE is cpu, cuda or emulated.
 
 ``cpu`` is the reference; ``cuda`` the kernels on a GPU; ``emulated`` the kernels' sources compiled
-for the host (see ``emulated.py``).
+for the host (see ``emulated.py``). Of the last two, BSK_KERNELS says which kernels.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import os
 import torch
 
 NAME = os.environ.get("SPARSEK_TEST_DEVICE", "cpu")
-PATH = {"cpu": "reference", "cuda": "portable", "emulated": "emulated"}[NAME]
+_ON_CUDA = "hopper" if os.environ.get("BSK_KERNELS") == "hopper" else "portable"
+PATH = {"cpu": "reference", "cuda": _ON_CUDA, "emulated": "emulated"}[NAME]
 DEVICE = torch.device("cuda" if NAME == "cuda" else "cpu")
 # Whether the kernels are tested, which take less than the reference.
 KERNELS = NAME != "cpu"

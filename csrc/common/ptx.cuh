@@ -26,6 +26,24 @@ __device__ inline void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
 }
 
+// Some warps of a thread block meet: kThreads threads, at one of the barriers 0 to 15.
+// __syncthreads is barrier 0.
+template <int kThreads>
+__device__ inline void barrier_sync(int barrier) {
+  asm volatile("bar.sync %0, %1;\n" ::"r"(barrier), "n"(kThreads) : "memory");
+}
+
+// What the threads that met this one before have written is seen by the threads that meet one that
+// reads the sum. Returns what was there.
+__device__ inline int add_acquire_release(int* address, int value) {
+  int old;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;\n"
+               : "=r"(old)
+               : "l"(address), "r"(value)
+               : "memory");
+  return old;
+}
+
 // Four 8x8 matrices of 16-bit elements: lane l gives the address of row l % 8 of matrix l / 8.
 __device__ inline void load_matrices(uint32_t (&r)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
@@ -38,6 +56,13 @@ __device__ inline void load_matrices_transposed(uint32_t (&r)[4], uint32_t addre
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(address)
                : "memory");
+}
+
+// The transpose of an 8x8 matrix of 16-bit elements whose row l / 4 lane l holds at columns
+// 2 * (l % 4) and the next.
+__device__ inline uint32_t transpose_matrix(uint32_t x) {
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;\n" : "+r"(x));
+  return x;
 }
 
 // d += a * b with a 16x16, b 16x8, d 16x8. Lane l holds of d the rows l / 4 (d[0], d[1]) and

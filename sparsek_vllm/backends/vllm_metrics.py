@@ -68,4 +68,5 @@ def _path() -> str:
     if current_platform.is_cpu():
         return "reference"
     capability = current_platform.get_device_capability()  # makes no CUDA context, unlike torch's
-    return kernels.path_for_capability(capability.major, capability.minor)
+    chosen = get_default_config().kernels
+    return kernels.path_for_capability(capability.major, capability.minor, chosen)

@@ -23,6 +23,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 LIBRARY = "sparsek_kernels.so"
 
@@ -32,6 +33,8 @@ _GENCODE = {
     "100": ("arch=compute_100,code=[sm_100,compute_100]",),
 }
 ARCHS = tuple(_GENCODE)
+# A GPU's own kernels, for it alone.
+_NATIVE_GENCODE = {"90": ("arch=compute_90a,code=sm_90a",)}
 
 # The stable ABI of torch 2.10: one binary serves every newer torch and every Python.
 TORCH_TARGET = "0x020a000000000000"
@@ -48,6 +51,7 @@ class Variant:
         block_n: key rows of a prefill tile.
         num_stages: prefill tiles in flight.
         num_warps: warps of a prefill thread block.
+        hopper: with Hopper's own kernels, which serve where they can.
         fast_math: ``--use_fast_math``.
         lineinfo: ``-lineinfo``.
         debug: assertions in the kernels.
@@ -58,6 +62,7 @@ class Variant:
     block_n: int = 64
     num_stages: int = 2
     num_warps: int = 4
+    hopper: bool = False
     fast_math: bool = True
     lineinfo: bool = False
     debug: bool = False
@@ -242,16 +247,16 @@ def build(
     if problem := variant.problem():
         raise BuildError(f"{variant} cannot be built: {problem}. {buildable()}")
     destination.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="objects-", dir=destination) as objects:
-        (Path(objects) / "build.ninja").write_text(_ninja_file(tools, variant, archs))
-        command = [str(tools.ninja), "-C", objects, *_jobs()]
+    with tempfile.TemporaryDirectory(prefix="objects-", dir=destination) as scratch:
+        (Path(scratch) / "build.ninja").write_text(_ninja_file(tools, variant, archs))
+        command = [str(tools.ninja), "-C", scratch, *_jobs()]
         run = subprocess.run(
             command, text=True, stdout=None if verbose else subprocess.PIPE, stderr=None
         )
         if run.returncode:
             raise BuildError(f"the kernels do not compile:\n{run.stdout or ''}")
         library = destination / LIBRARY
-        os.replace(Path(objects) / LIBRARY, library)
+        os.replace(Path(scratch) / LIBRARY, library)
     return library
 
 
@@ -260,24 +265,37 @@ def _jobs() -> list[str]:
     return ["-j", jobs] if jobs else []
 
 
-def units() -> Iterator[tuple[str, str, list[str]]]:
-    """What a library is compiled from: name, source and definitions of each object."""
-    for kernel in ("prefill", "decode"):
+class Object(NamedTuple):
+    """What the compiler makes of one source, as a part of the library."""
+
+    name: str
+    source: str
+    defines: list[str]
+    gencode: tuple[str, ...]
+
+
+def objects(variant: Variant, archs: Sequence[str]) -> Iterator[Object]:
+    """What a library is linked from."""
+    gencode = tuple(code for arch in archs for code in _GENCODE[arch])
+    kernels = [("portable/prefill", gencode), ("portable/decode", gencode)]
+    hopper = variant.hopper and "90" in archs
+    if hopper:
+        kernels.append(("sm90/decode", _NATIVE_GENCODE["90"]))
+    for kernel, code in kernels:
         for dtype in ("__half", "__nv_bfloat16"):
             for head_dim in (64, 128):
                 defines = [f"-DSPARSEK_DTYPE={dtype}", f"-DSPARSEK_HEAD_DIM={head_dim}"]
-                name = f"{kernel}_{dtype.strip('_')}_{head_dim}"
-                yield name, f"portable/{kernel}.cu", defines
-    yield "cache", "portable/cache.cu", []
-    yield "merge", "portable/merge.cu", []
-    yield "ops", "ops.cu", []
+                name = f"{kernel.replace('/', '_')}_{dtype.strip('_')}_{head_dim}"
+                yield Object(name, f"{kernel}.cu", defines, code)
+    yield Object("cache", "portable/cache.cu", [], gencode)
+    yield Object("merge", "portable/merge.cu", [], gencode)
+    yield Object("ops", "ops.cu", ["-DSPARSEK_SM90"] if hopper else [], gencode)
 
 
 def _ninja_file(tools: Tools, variant: Variant, archs: Sequence[str]) -> str:
     root = sources()
-    gencode = [f"-gencode {code}" for arch in archs for code in _GENCODE[arch]]
     home = tools.nvcc.resolve().parent.parent
-    flags = ["-std=c++17", "-O3", *variant.flags(), *gencode]
+    flags = ["-std=c++17", "-O3", *variant.flags()]
     flags += [f"-ccbin {tools.compiler}", "-Xcompiler -fPIC,-fvisibility=hidden", "--threads 2"]
     if "site-packages" in home.parts or "nvidia" in home.parts:
         # pip's parts of the toolkit may differ in version from each other.
@@ -305,12 +323,13 @@ def _ninja_file(tools: Tools, variant: Variant, archs: Sequence[str]) -> str:
         "rule link",
         f"  command = {tools.compiler} -shared -o $out $in {' '.join(link)}",
     ]
-    objects = []
-    for name, source, defines in units():
-        objects.append(f"{name}.o")
-        lines.append(f"build {name}.o: compile {root / source}")
-        lines.append(f"  extra = {' '.join(torch_flags if name == 'ops' else defines)}")
-    lines.append(f"build {LIBRARY}: link {' '.join(objects)}")
+    parts = list(objects(variant, archs))
+    for part in parts:
+        extra = [*part.defines, *(f"-gencode {code}" for code in part.gencode)]
+        extra += torch_flags if part.name == "ops" else []
+        lines.append(f"build {part.name}.o: compile {root / part.source}")
+        lines.append(f"  extra = {' '.join(extra)}")
+    lines.append(f"build {LIBRARY}: link {' '.join(f'{part.name}.o' for part in parts)}")
     lines.append(f"default {LIBRARY}")
     return "\n".join(lines) + "\n"
 

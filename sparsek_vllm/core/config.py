@@ -12,6 +12,7 @@ from sparsek_vllm import build
 _ARCHS = ("90a", "100")
 CHOICES: dict[str, tuple[Any, ...]] = {
     "cuda_arch": _ARCHS,
+    "kernels": ("auto", "portable", "hopper"),
     "block_m": (64, 128, 192, 256),
     "block_n": (32, 64, 96, 128, 160, 176, 256),
     "num_stages": (1, 2, 3, 4, 5, 6, 7, 8),
@@ -23,6 +24,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 ENVIRONMENT = {
     "BSK_CUDA_ARCH": "cuda_arch",
     "BSK_AUTO_DETECT": "auto_detect_arch",
+    "BSK_KERNELS": "kernels",
     "BSK_FAST_MATH": "use_fast_math",
     "BSK_PROFILE": "enable_profiling",
     "BSK_DEBUG": "debug_mode",
@@ -38,6 +40,9 @@ class Config:
     Attributes:
         cuda_arch: architecture to compile for: ``"90a"`` (Hopper) or ``"100"`` (Blackwell).
         auto_detect_arch: take the architecture of the GPU instead, where there is one.
+        kernels: ``"portable"``, ``"hopper"`` (Hopper's own where there is one, portable ones for
+            the rest), or ``"auto"``: the quickest that has been measured on such a GPU. That is
+            portable: Hopper's decode kernel has run in emulation only, and has to be asked for.
         block_m: query rows of a tile.
         block_n: key rows of a tile.
         num_stages: K/V tiles in flight.
@@ -60,6 +65,7 @@ class Config:
 
     cuda_arch: str = "90a"
     auto_detect_arch: bool = True
+    kernels: str = "auto"
     block_m: int = 64
     block_n: int = 64
     num_stages: int = 2
@@ -103,8 +109,9 @@ class Config:
             if not text:
                 continue
             given[name] = _flag(variable, text) if types[name] == "bool" else text
-            if name == "cuda_arch" and text not in _ARCHS:
-                raise ValueError(f"{variable} must be one of {', '.join(_ARCHS)}, got {text!r}")
+            if name in CHOICES and text not in CHOICES[name]:
+                allowed = ", ".join(CHOICES[name])
+                raise ValueError(f"{variable} must be one of {allowed}, got {text!r}")
         return Config(**given)
 
     def target_arch(self, device: int | None = None) -> str:

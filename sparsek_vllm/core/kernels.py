@@ -36,6 +36,7 @@ def variant(config: _config.Config) -> build.Variant:
     }
     wanted = build.Variant(
         **tiles,
+        hopper=config.kernels == "hopper",
         fast_math=config.use_fast_math,
         lineinfo=config.enable_profiling,
         debug=config.debug_mode,
@@ -101,15 +102,16 @@ def path_for(device: torch.device) -> str:
     if device.type == "cpu":
         return "reference"
     if device.type == "cuda":
-        return _cuda_path(device.index if device.index is not None else -1)
+        index = device.index if device.index is not None else -1
+        return _cuda_path(index, _config.get_default_config().kernels)
     raise ValueError(f"tensors must be on cpu or cuda, got {device}")
 
 
 @functools.cache
-def _cuda_path(index: int) -> str:
+def _cuda_path(index: int, chosen: str) -> str:
     device = None if index < 0 else index
     capability = torch.cuda.get_device_capability(device)
-    path = path_for_capability(*capability)
+    path = path_for_capability(*capability, chosen)
     if capability[0] != 9:
         _logger.warning(
             "%s (sm_%d%d) has never been run on: the portable kernels are used, from machine code "
@@ -120,17 +122,23 @@ def _cuda_path(index: int) -> str:
     return path
 
 
-def path_for_capability(major: int, minor: int) -> str:
+def path_for_capability(major: int, minor: int, chosen: str = "auto") -> str:
     """Name of the implementation on a GPU of that compute capability.
 
+    ``chosen`` is ``Config.kernels``.
+
     Raises:
-        RuntimeError: it is older than Hopper.
+        RuntimeError: it is older than Hopper, or not Hopper where its kernels are asked for.
     """
     if major < 9:
         raise RuntimeError(
             "GPU architecture must be sm_90a or sm_100 (Hopper or Blackwell), "
             f"got sm_{major}{minor}"
         )
+    if chosen == "hopper":
+        if major > 9:
+            raise RuntimeError(f'Config.kernels is "hopper", and the GPU is sm_{major}{minor}')
+        return "hopper"
     return "portable"
 
 

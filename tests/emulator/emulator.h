@@ -17,6 +17,7 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <map>
 #include <numeric>
 #include <random>
 #include <vector>
@@ -70,10 +71,20 @@ struct Thread {
   std::vector<char> stack;
 };
 
+// An mbarrier: a phase ends when its arrivals and the bytes that they expect have come.
+struct Phases {
+  int expected = 0, arrived = 0;
+  int64_t bytes = 0;
+  Barrier completed;  // counts the phases
+};
+
 struct Block {
   Index index{}, grid{};
   unsigned threads = 0;
-  Barrier barrier;
+  Barrier barrier;    // of __syncthreads
+  Barrier named[16];  // of other groups of warps
+  std::map<const void*, Phases> phases;
+  std::vector<std::function<void()>> copies;  // by the tensor memory accelerator, not made yet
 };
 
 constexpr size_t kSharedBytes = 228 << 10, kStackBytes = 64 << 10;
@@ -102,6 +113,29 @@ inline void wait(Barrier& barrier) {
   }
   current->waits_for = &barrier;
   if (!_setjmp(current->at)) _longjmp(scheduler, 1);
+}
+
+inline void end_phase_if_complete(Phases& phases) {
+  if (phases.arrived < phases.expected || phases.bytes != 0) return;
+  phases.arrived = 0;
+  ++phases.completed.round;
+}
+
+// Waits until the phase of that parity is complete.
+inline void wait(const Phases& phases, int parity) {
+  while (phases.completed.round % 2 == static_cast<uint64_t>(parity)) {
+    current->waits_for = &phases.completed;
+    current->waits_round = phases.completed.round;
+    if (!_setjmp(current->at)) _longjmp(scheduler, 1);
+  }
+}
+
+// Copies that nobody waits for yet come in any order, at any time.
+inline void make_a_copy() {
+  std::swap(block.copies[random_numbers() % block.copies.size()], block.copies.back());
+  const auto copy = std::move(block.copies.back());
+  block.copies.pop_back();
+  copy();
 }
 
 // Every lane shows `mine`, and sees what the others show.
@@ -150,6 +184,8 @@ inline void run_block(std::vector<Thread>& threads, std::vector<Warp>& warps) {
   // NaN in every format.
   std::memset(shared_memory, 0xff, sizeof(shared_memory));
   block.barrier = {count};
+  for (Barrier& named : block.named) named = {};
+  block.phases.clear();
   for (auto& warp : warps) warp = {.barrier = {32}};
   std::vector<char> started(count, 0);
   volatile int left = count;
@@ -171,6 +207,10 @@ inline void run_block(std::vector<Thread>& threads, std::vector<Warp>& warps) {
       const bool blocked = t.waits_for && t.waits_for->round == t.waits_round;
       if (!t.done && !blocked) ready.push_back(i);
     }
+    if (!block.copies.empty() && (ready.empty() || random_numbers() % 64 == 0)) {
+      make_a_copy();
+      continue;
+    }
     if (ready.empty()) fail("deadlock: all threads wait");
     std::shuffle(ready.begin(), ready.end(), random_numbers);
     for (const int i : ready) {
@@ -184,6 +224,7 @@ inline void run_block(std::vector<Thread>& threads, std::vector<Warp>& warps) {
       if (current->done) --left;
     }
   }
+  if (!block.copies.empty()) fail("a block ends before its copies have come");
 }
 
 template <typename Kernel, typename Parameters>
@@ -223,6 +264,10 @@ inline void __threadfence() {}
 template <typename T>
 inline T __shfl_xor_sync(unsigned, T value, int mask) {
   return emulator::shuffle(value, emulator::current->lane ^ mask);
+}
+template <typename T>
+inline T __shfl_sync(unsigned, T value, int from) {
+  return emulator::shuffle(value, from % 32);
 }
 template <typename T>
 inline T __shfl_up_sync(unsigned, T value, int delta) {

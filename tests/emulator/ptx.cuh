@@ -25,6 +25,23 @@ inline void copy_async_wait() {
   }
 }
 
+template <int kThreads>
+inline void barrier_sync(int barrier) {
+  auto& named = emulator::block.named[barrier];
+  if (named.arrived == 0) named.expected = kThreads;
+  if (named.expected != kThreads) emulator::fail("threads disagree on who meets at a barrier");
+  emulator::wait(named);
+}
+
+inline int add_acquire_release(int* address, int value) { return atomicAdd(address, value); }
+
+inline uint32_t transpose_matrix(uint32_t x) {
+  const auto* all = emulator::exchange(emulator::Words{{x}});
+  const int row = emulator::current->lane / 4, column = emulator::current->lane % 4 * 2;
+  const auto at = [&](int j) { return all[4 * (column + j) + row / 2].word[0] >> 16 * (row % 2); };
+  return (at(0) & 0xffff) | at(1) << 16;
+}
+
 namespace emulated {
 
 // Addresses of the eight rows of four matrices.

@@ -1,11 +1,37 @@
 // What the host side of the kernels calls of the CUDA runtime and of torch's CUDA shims.
-#include "emulator.h"
+#include "hopper.cuh"
 
 extern "C" {
 cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 cudaError_t cudaSetDevice(int) { return cudaSuccess; }
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  return *value = EMULATED_MULTIPROCESSORS, cudaSuccess;
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
+  *value = which == cudaDevAttrComputeCapabilityMajor ? 9 : EMULATED_MULTIPROCESSORS;
+  return cudaSuccess;
+}
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned,
+                                             unsigned long long,
+                                             cudaDriverEntryPointQueryResult* result) {
+  if (std::strcmp(name, "cuTensorMapEncodeTiled")) emulator::fail("unknown driver function");
+  *function = reinterpret_cast<void*>(&cuTensorMapEncodeTiled);
+  return *result = cudaDriverEntryPointSuccess, cudaSuccess;
+}
+CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_t rank, void* data,
+                                const cuuint64_t* sizes, const cuuint64_t* strides,
+                                const cuuint32_t* box, const cuuint32_t* steps,
+                                CUtensorMapInterleave, CUtensorMapSwizzle swizzle,
+                                CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+  emulator::TensorMap made{static_cast<const char*>(data)};
+  bool legal = rank == 5 && box[0] == 64 && sizes[0] == 64 && swizzle == CU_TENSOR_MAP_SWIZZLE_128B;
+  legal &= reinterpret_cast<uintptr_t>(data) % 16 == 0;
+  for (int i = 0; i < 5; ++i) {
+    legal &= steps[i] == 1 && box[i] > 0 && box[i] <= 256 && sizes[i] > 0 && sizes[i] >> 32 == 0;
+    if (i < 4) legal &= strides[i] > 0 && strides[i] % 16 == 0 && strides[i] >> 40 == 0;
+    made.sizes[i] = static_cast<uint32_t>(sizes[i]);
+    made.box[i] = static_cast<uint16_t>(box[i]);
+    if (i < 4) made.strides[i] = strides[i];
+  }
+  std::memcpy(map, &made, sizeof(made));
+  return legal ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t) { return "emulated"; }

@@ -1,0 +1,270 @@
+// How the decode kernels share out their work, and how they add up what several thread blocks have
+// of the same rows.
+//
+// The work of a launch is a list of units: kUnitKeys keys of one KV head, for up to kRows rows
+// (queries and heads of the group, packed). Each thread block takes an equal, contiguous share of
+// the list, so uneven lengths balance and the grid does not depend on them: a captured graph
+// replays with new lengths. (Idea: Stream-K, https://arxiv.org/abs/2301.03598, and FlashInfer's
+// scheduler.) The part of a share that belongs to one KV head and one tile of rows is a segment. A
+// segment that is no whole is left in the workspace; the last thread block to arrive adds the
+// parts up, in an order that does not depend on timing.
+#pragma once
+#include "request.cuh"
+
+namespace sparsek {
+
+constexpr int kUnitKeys = 64;
+
+// Units of one request, and how they are laid out: KV heads outermost, then tiles of rows, then
+// keys. The first unit begins at a multiple of kAlignment.
+template <int kRows, int kAlignment>
+struct RequestUnits {
+  int row_tiles, key_units, keys_begin;
+  int64_t total;
+
+  __device__ RequestUnits(const AttentionParams& p, const Request& request) {
+    row_tiles = (request.rows + kRows - 1) / kRows;
+    if (request.rows > p.decode_rows) row_tiles = 0;
+    const KeyRange keys = request.keys(p, 0, p.group_divisor(max(request.rows, 1) - 1));
+    keys_begin = keys.begin & ~(kAlignment - 1);
+    // Rows that see no key have a unit too: somebody must write their zeros.
+    key_units = max(1, (keys.end - keys_begin + kUnitKeys - 1) / kUnitKeys);
+    total = int64_t{row_tiles} * key_units * p.kv_heads;
+  }
+};
+
+struct Segment {
+  int request, kv_head, row0, rows;  // rows row0 to row0 + rows - 1 of the request
+  KeyRange keys;                     // that any of the rows sees
+  int key0, key1;                    // this segment's part of them: from a unit's first key on
+  int64_t begin, end;                // its units
+  int64_t whole_begin, whole_end;    // those of all that these rows see
+};
+
+// A thread block's share of the units, taken segment by segment. All threads of the block make
+// one, together.
+template <int kThreads, int kRows, int kAlignment>
+class Share {
+ public:
+  __device__ explicit Share(const AttentionParams& p) {
+    constexpr int kWarps = kThreads / 32;
+    __shared__ int64_t warp_sums[kWarps];
+    __shared__ int shared_request;
+    __shared__ int64_t shared_before;
+    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+
+    // Each thread sums the units of some consecutive requests; a scan over the threads then tells
+    // the total and who holds this block's first unit.
+    const int requests_each = (p.batch + kThreads - 1) / kThreads;
+    const int b0 = min(p.batch, thread * requests_each), b1 = min(p.batch, b0 + requests_each);
+    int64_t own = 0;
+    for (int b = b0; b < b1; ++b) own += units_of(p, b);
+    int64_t inclusive = own;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const int64_t other = __shfl_up_sync(~0u, inclusive, step);
+      if (lane >= step) inclusive += other;
+    }
+    if (lane == 31) warp_sums[warp] = inclusive;
+    __syncthreads();
+    int64_t total = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      if (w < warp) inclusive += warp_sums[w];
+      total += warp_sums[w];
+    }
+    size = (total + gridDim.x - 1) / gridDim.x;
+    unit_ = blockIdx.x * size;
+    end_ = min(total, unit_ + size);
+    if (empty()) return;
+    if (unit_ < inclusive && unit_ >= inclusive - own) {
+      int request = b0;
+      int64_t before = inclusive - own;
+      for (int64_t n; before + (n = units_of(p, request)) <= unit_; ++request) before += n;
+      shared_request = request;
+      shared_before = before;
+    }
+    __syncthreads();
+    request_ = shared_request;
+    before_ = shared_before;
+  }
+
+  __device__ bool empty() const { return unit_ >= end_; }
+
+  // The next segment; false behind the last.
+  __device__ bool next(const AttentionParams& p, Segment& segment) {
+    while (!empty()) {
+      const Request request(p, request_);
+      const RequestUnits<kRows, kAlignment> units(p, request);
+      if (unit_ >= before_ + units.total) {
+        before_ += units.total;
+        ++request_;
+        continue;
+      }
+      const int within = static_cast<int>(unit_ - before_);
+      const int head_and_tile = within / units.key_units;
+      segment.request = request_;
+      segment.kv_head = head_and_tile / units.row_tiles;
+      segment.row0 = (head_and_tile - segment.kv_head * units.row_tiles) * kRows;
+      segment.rows = min(kRows, request.rows - segment.row0);
+      segment.whole_begin = before_ + int64_t{head_and_tile} * units.key_units;
+      segment.whole_end = segment.whole_begin + units.key_units;
+      segment.begin = unit_;
+      segment.end = min(segment.whole_end, end_);
+      segment.keys = request.keys(p, p.group_divisor(segment.row0),
+                                  p.group_divisor(segment.row0 + segment.rows - 1));
+      segment.key0 = units.keys_begin + static_cast<int>(unit_ - segment.whole_begin) * kUnitKeys;
+      segment.key1 =
+          min(segment.keys.end,
+              units.keys_begin + static_cast<int>(segment.end - segment.whole_begin) * kUnitKeys);
+      unit_ = segment.end;
+      return true;
+    }
+    return false;
+  }
+
+  int64_t size;  // units a thread block
+
+ private:
+  __device__ static int64_t units_of(const AttentionParams& p, int b) {
+    return RequestUnits<kRows, kAlignment>(p, Request(p, b)).total;
+  }
+
+  int64_t unit_, end_;
+  int request_;
+  int64_t before_;  // units of the requests before it
+};
+
+// Ends segments: from sums over the keys of one to rows of the output, or to parts in the
+// workspace.
+template <typename T, int kHeadDim, int kRows, bool kGeneral>
+struct Finish {
+  static constexpr int kPartFloats = kRows * (kHeadDim + 2);
+
+  const AttentionParams& p;
+  const Segment& segment;
+  int64_t share;
+  float exponent_scale;  // of scores, in powers of two
+
+  __device__ int first_block() const { return static_cast<int>(segment.whole_begin / share); }
+  __device__ int last_block() const { return static_cast<int>((segment.whole_end - 1) / share); }
+  __device__ bool whole() const {
+    return segment.begin == segment.whole_begin && segment.end == segment.whole_end;
+  }
+
+  // A part is each row's weighted sum of values, then each row's maximum, then each row's sum of
+  // weights. A block leaves at most two: of the segment that it goes on with and of the one that
+  // it leaves unfinished.
+  __device__ float* part_of(int block) const {
+    return p.partials + (2 * int64_t{block} + (block == first_block())) * kPartFloats;
+  }
+
+  // Weight of a part whose maximum is `own`, where the whole's is `peak`.
+  __device__ float weight(float own, float peak) const {
+    return peak == -INFINITY ? 0.0f : exp2_approx((own - peak) * exponent_scale);
+  }
+
+  __device__ static void add(float4& to, float factor, float4 value) {
+    to.x += factor * value.x, to.y += factor * value.y;
+    to.z += factor * value.z, to.w += factor * value.w;
+  }
+
+  // Four neighbours of a row of the output.
+  __device__ void store(int row, int column, float peak, float sum, float4 value) const {
+    const int r = segment.row0 + row, query = p.group_divisor(r);
+    const int head = segment.kv_head * p.group + r - query * p.group;
+    const int64_t token = int64_t{p.cu_seqlens_q[segment.request]} + query;
+    const RowState state = finish_row(p, peak * (kGeneral ? 1.0f : p.scale), sum, head);
+    uint32_t* destination = reinterpret_cast<uint32_t*>(
+        static_cast<T*>(p.out) + token * p.out_stride_token + head * p.out_stride_head + column);
+    destination[0] = pack<T>(value.x * state.factor, value.y * state.factor);
+    destination[1] = pack<T>(value.z * state.factor, value.w * state.factor);
+    if (p.lse && column == 0) p.lse[head * p.lse_stride_head + token] = state.lse;
+  }
+
+  // Four neighbours of a row of this block's part; to the output if it is the whole.
+  __device__ void leave(int row, int column, float peak, float sum, float4 value) const {
+    if (whole()) return store(row, column, peak, sum, value);
+    float* part = part_of(blockIdx.x);
+    *reinterpret_cast<float4*>(part + row * kHeadDim + column) = value;
+    if (column == 0) {
+      part[kRows * kHeadDim + row] = peak;
+      part[kRows * kHeadDim + kRows + row] = sum;
+    }
+  }
+
+  // After leave(): the last block to arrive adds the parts up. kThreads threads come here, which
+  // meet at `barrier`. `scratch` is shared memory for two floats a row and part, and two a row.
+  template <int kThreads>
+  __device__ void meet(int thread, int barrier, float* scratch) const {
+    if (whole()) return;
+    __shared__ bool last_to_arrive;
+    barrier_sync<kThreads>(barrier);
+    const int first = first_block(), parts = last_block() - first + 1;
+    if (thread == 0) {
+      int* counter = p.arrivals + first;
+      last_to_arrive = add_acquire_release(counter, 1) == parts - 1;
+      if (last_to_arrive) *counter = 0;
+    }
+    barrier_sync<kThreads>(barrier);
+    if (!last_to_arrive) return;
+
+    // A load takes longer than everything else here: all that can be are in flight together.
+    constexpr int kAhead = 8;
+    const int rows = segment.rows, i0 = 4 * thread;
+    float4 ahead[kAhead];
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      ahead[k] = float4{};
+      if (k < parts && i0 < rows * kHeadDim)
+        ahead[k] = __ldcg(reinterpret_cast<const float4*>(part_of(first + k) + i0));
+    }
+    // A warp takes a row, a lane every 32nd part of it.
+    float* weights = scratch;
+    float* sums = weights + parts * kRows;
+    float* totals = sums + parts * kRows;
+    for (int row = thread / 32; row < rows; row += kThreads / 32) {
+      const int lane = thread % 32;
+      float peak = -INFINITY, sum = 0;
+      for (int k = lane; k < parts; k += 32) {
+        const float* part = part_of(first + k) + kRows * kHeadDim + row;
+        const float own = __ldcg(part);
+        weights[k * kRows + row] = own;
+        sums[k * kRows + row] = __ldcg(part + kRows);
+        peak = fmaxf(peak, own);
+      }
+#pragma unroll
+      for (int step = 16; step > 0; step /= 2) peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, step));
+      for (int k = lane; k < parts; k += 32) {
+        const float factor = weight(weights[k * kRows + row], peak);
+        weights[k * kRows + row] = factor;
+        sum += factor * sums[k * kRows + row];
+      }
+#pragma unroll
+      for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+      if (lane == 0) {
+        totals[row] = peak;
+        totals[kRows + row] = sum;
+      }
+    }
+    barrier_sync<kThreads>(barrier);
+    for (int i = i0; i < rows * kHeadDim; i += 4 * kThreads) {
+      const int row = i / kHeadDim, column = i % kHeadDim;
+      float4 value = {};
+      int k = 0;
+      if (i == i0) {
+#pragma unroll
+        for (; k < kAhead; ++k)
+          if (k < parts) add(value, weights[k * kRows + row], ahead[k]);
+      }
+#pragma unroll 8
+      for (; k < parts; ++k) {
+        const auto* part = reinterpret_cast<const float4*>(part_of(first + k) + i);
+        add(value, weights[k * kRows + row], __ldcg(part));
+      }
+      store(row, column, totals[row], totals[kRows + row], value);
+    }
+  }
+};
+
+}  // namespace sparsek

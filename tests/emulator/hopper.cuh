@@ -1,0 +1,71 @@
+// csrc/common/hopper.cuh for the host.
+#pragma once
+#include <cuda.h>
+
+#include "ptx.cuh"
+
+namespace emulator {
+
+// What the host's cuTensorMapEncodeTiled puts into a CUtensorMap.
+struct TensorMap {
+  const char* data;
+  uint64_t strides[4];
+  uint32_t sizes[5];
+  uint16_t box[5];
+};
+static_assert(sizeof(TensorMap) <= sizeof(CUtensorMap));
+
+}  // namespace emulator
+
+namespace sparsek {
+
+inline void mbarrier_init(uint64_t* barrier, int arrivals) {
+  emulator::block.phases[barrier] = {.expected = arrivals};
+}
+inline void mbarrier_fence_init() {}
+inline void mbarrier_arrive_expect(uint64_t* barrier, int bytes) {
+  auto& phases = emulator::block.phases.at(barrier);
+  phases.bytes += bytes;
+  if (++phases.arrived > phases.expected) emulator::fail("too many arrivals at an mbarrier");
+  emulator::end_phase_if_complete(phases);
+}
+inline void mbarrier_arrive(uint64_t* barrier) { mbarrier_arrive_expect(barrier, 0); }
+inline void mbarrier_wait(uint64_t* barrier, int parity) {
+  emulator::wait(emulator::block.phases.at(barrier), parity);
+}
+
+// Elements of two bytes, in boxes of rows of 128 bytes, swizzled.
+inline void tensor_copy(void* destination, const CUtensorMap* map, uint64_t* barrier, int c0,
+                        int c1, int c2, int c3, int c4) {
+  emulator::TensorMap tensor;
+  std::memcpy(&tensor, map, sizeof(tensor));
+  auto& phases = emulator::block.phases.at(barrier);
+  emulator::block.copies.push_back([=, &phases] {
+    const int64_t at[5] = {c0, c1, c2, c3, c4};
+    const uint32_t base = shared_address(destination);
+    if (base % 1024) emulator::fail("a swizzled box is not aligned to 1024 bytes");
+    int64_t rows = 1;
+    for (int i = 1; i < 5; ++i) rows *= tensor.box[i];
+    for (int64_t row = 0; row < rows; ++row) {
+      bool inside = true;
+      const char* source = tensor.data;
+      int64_t rest = row;
+      for (int i = 1; i < 5; ++i) {
+        const int64_t index = at[i] + rest % tensor.box[i];
+        rest /= tensor.box[i];
+        inside &= index >= 0 && index < tensor.sizes[i];
+        source += index * static_cast<int64_t>(tensor.strides[i - 1]);
+      }
+      for (uint32_t piece = 0; piece < 8; ++piece) {
+        char* to = emulator::at_shared(
+            base + static_cast<uint32_t>(row) * 128 + ((piece ^ (row & 7)) << 4), 16);
+        inside ? std::memcpy(to, source + 16 * piece, 16) : std::memset(to, 0, 16);
+      }
+    }
+    phases.bytes -= rows * 128;
+    emulator::end_phase_if_complete(phases);
+  });
+}
+inline void prefetch_tensor_map(const CUtensorMap*) {}
+
+}  // namespace sparsek
