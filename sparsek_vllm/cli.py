@@ -29,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "sets",
         nargs="*",
         metavar="SET",
-        help="decode, uneven, prefill, paged-prefill, small, serve (default: all)",
+        help="decode, uneven, prefill, paged-prefill, small, floor, serve (default: all; floor on "
+        "Hopper alone)",
     )
     bench.add_argument("--warm", action="store_true", help="inputs stay in the L2 cache")
     bench.add_argument("--shape", default="llama-3.1-8b", help="model shape of the serve set")
@@ -61,11 +62,15 @@ def _bench(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if not torch.cuda.is_available():
         print("sparsek bench: a CUDA GPU is needed, torch finds none", file=sys.stderr)
         return 1
-    from sparsek_vllm.bench import kernels, report, serving
+    from sparsek_vllm.bench import floor, kernels, report, serving
+    from sparsek_vllm.core import get_default_config
 
-    known = [*kernels.SETS, "serve"]
-    chosen = options.sets or known
+    known = [*kernels.SETS, "floor", "serve"]
+    on_hopper = torch.cuda.get_device_capability()[0] == 9
+    chosen = options.sets or [name for name in known if name != "floor" or on_hopper]
     for name in chosen:
+        if name == "floor" and not on_hopper:
+            parser.error("SET floor is for Hopper alone")
         if name not in known:
             parser.error(f"SET must be one of {', '.join(known)}, got {name}")
     if options.shape not in serving.SHAPES:
@@ -78,9 +83,12 @@ def _bench(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         if name in kernels.SETS:
             measured[name] = list(kernels.SETS[name](options.warm))
             print(report.table(name, measured[name]) + "\n", flush=True)
+    floors = floor.run(get_default_config().build_path()) if "floor" in chosen else None
+    if floors:
+        print(floor.table(floors) + "\n", flush=True)
     served = serving.run(options.shape) if "serve" in chosen else None
     if options.json:
-        Path(options.json).write_text(report.as_json(environment, measured, served))
+        Path(options.json).write_text(report.as_json(environment, measured, floors, served))
     if options.plots:
         for path in report.plot(Path(options.plots), environment, measured):
             print(path)

@@ -30,7 +30,8 @@ def report() -> str:
         ("sm_100, sm_103 (Blackwell)", " (never run on such a GPU)"),
         ("sm_120 and later", " through PTX (never run on such a GPU)"),
     ):
-        lines.append(_row(name, f"portable{note}" if built else "none: no kernels"))
+        major = 9 if "sm_90" in name else 10
+        lines.append(_row(name, f"{_path(major)}{note}" if built else "none: no kernels"))
     lines.append(_row("older GPUs", "refused"))
     lines.append(_row("CUDA kernels", kernels_from))
     lines += ["", "vLLM", *_vllm_lines(), "", "Environment"]
@@ -41,6 +42,13 @@ def report() -> str:
     if missing:
         lines += ["", "Missing", *(f"  {line}" for line in missing)]
     return "\n".join(lines)
+
+
+def _path(major: int) -> str:
+    try:
+        return kernels.path_for_capability(major, 0, get_default_config().kernels)
+    except RuntimeError as error:
+        return f"refused: {error}"
 
 
 def _kernels() -> str:

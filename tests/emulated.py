@@ -24,7 +24,7 @@ from sparsek_vllm.core import get_default_config, kernels, ops
 
 HERE = Path(__file__).resolve().parent / "emulator"
 NAMESPACE = "sparsek_emulated"
-MULTIPROCESSORS = 3
+MULTIPROCESSORS = 5
 
 
 def _translate(text: str) -> str:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from sparsek_vllm import build
+from sparsek_vllm.bench import floor
 from sparsek_vllm.core import Config, kernels
 
 CUOBJDUMP = next(
@@ -27,6 +28,16 @@ REGISTERS = 255
 def library() -> Path:
     """The kernels for sm_90, from the cache if they were compiled before."""
     return build.cached(Config().build_path(), build.DEFAULT, ["90"])
+
+
+HOPPER = build.Variant(hopper=True)
+# Nine warps: three of them share a quarter of a multiprocessor's registers.
+HOPPER_REGISTERS = 168
+
+
+@pytest.fixture(scope="module")
+def hopper_library() -> Path:
+    return build.cached(Config().build_path(), HOPPER, ["90"])
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +77,36 @@ def test_tensor_cores_and_asynchronous_copies_are_used(library: Path) -> None:
         assert not re.search(r"\b(LDL|STL)\b", function), name
 
 
+def functions(library: Path, part: str) -> dict[str, str]:
+    """SASS of the functions whose name contains ``part``."""
+    found = [f for f in dump(library, "-sass").split("Function : ")[1:] if part in f.split()[0]]
+    return {function.split()[0]: function for function in found}
+
+
+def test_hopper_kernels_use_what_hopper_has(hopper_library: Path) -> None:
+    """Tensor copies, barriers in shared memory, remote reads; nothing spills."""
+    kernels_found = functions(hopper_library, "sm90")
+    assert len(kernels_found) == 2 * 2 * 3  # dtype, head_dim, tiles of rows and general
+    for name, function in kernels_found.items():
+        wanted = ("UTMALDG.5D", "SYNCS", "HMMA.16816.F32", "LDSM", "MOVM", "UCGABAR", "ACQBULK")
+        for instruction in wanted:
+            assert instruction in function, (name, instruction)
+        assert not re.search(r"\b(LDL|STL)\b", function), name
+    usage = re.findall(
+        r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", dump(hopper_library, "-res-usage")
+    )
+    for name, registers, stack in usage:
+        if "sm90" in name:
+            assert int(registers) <= HOPPER_REGISTERS and int(stack) == 0, name
+
+
+def test_hopper_kernels_are_for_hopper_alone(hopper_library: Path) -> None:
+    elf = set(re.findall(r"sm_(\d+\w?)\.cubin", dump(hopper_library, "-lelf")))
+    assert elf == {"90", "90a"}
+    assert not [o for o in build.objects(HOPPER, ["100"]) if "sm90" in o.source]
+    assert not [o for o in build.objects(build.DEFAULT, build.ARCHS) if "sm90" in o.source]
+
+
 def test_architectures_of_the_wheel(wheel_library: Path) -> None:
     """Machine code for Hopper and Blackwell, and PTX for what comes later."""
     elf = re.findall(r"sm_(\d+\w?)\.cubin", dump(wheel_library, "-lelf"))
@@ -85,11 +126,15 @@ def test_variants_compile_within_their_budget(tmp_path: Path) -> None:
     """10 s and 1 GB for each."""
     tools = build.find_tools()
     root = build.sources()
-    for kernel in ("prefill", "decode"):
+    for kernel, arch in (
+        ("portable/prefill", "90"),
+        ("portable/decode", "90"),
+        ("sm90/decode", "90a"),
+    ):
         command = [
             tools.nvcc, "-std=c++17", "-O3", "--use_fast_math", "-ccbin", tools.compiler,
-            "-gencode", "arch=compute_90,code=sm_90", "-DSPARSEK_DTYPE=__half",
-            "-DSPARSEK_HEAD_DIM=128", "-c", root / f"portable/{kernel}.cu", "-o", tmp_path / "o",
+            "-gencode", f"arch=compute_{arch},code=sm_{arch}", "-DSPARSEK_DTYPE=__half",
+            "-DSPARSEK_HEAD_DIM=128", "-c", root / f"{kernel}.cu", "-o", tmp_path / "o",
         ]  # fmt: skip
         code = (
             "import resource, subprocess, sys\n"
@@ -103,6 +148,12 @@ def test_variants_compile_within_their_budget(tmp_path: Path) -> None:
         seconds, kilobytes = map(float, done.stdout.split())
         print(f"{kernel}: {seconds:.1f} CPU seconds, {kilobytes / 1e6:.2f} GB")
         assert seconds < 10 and kilobytes < 1e6
+
+
+def test_the_floor_benchmark_compiles(tmp_path: Path) -> None:
+    program = floor.compiled(tmp_path)
+    assert "UBLKCP" in dump(program, "-sass")
+    assert floor.compiled(tmp_path) == program and [*tmp_path.iterdir()] == [program]
 
 
 def test_nvcc_from_pip(tmp_path: Path) -> None:
@@ -195,6 +246,18 @@ def test_configuration_selects_the_variant() -> None:
     chosen = kernels.variant(Config(block_n=32, num_stages=4, use_fast_math=False))
     assert chosen == build.Variant(block_n=32, num_stages=4, fast_math=False)
     assert build.namespace(chosen) != build.namespace(build.DEFAULT) == "sparsek"
+
+
+def test_kernels_are_chosen_by_name() -> None:
+    assert kernels.variant(Config(kernels="hopper")) == HOPPER
+    assert kernels.variant(Config(kernels="portable")) == build.DEFAULT
+    assert kernels.path_for_capability(9, 0) == "portable"
+    assert kernels.path_for_capability(9, 0, "hopper") == "hopper"
+    assert kernels.path_for_capability(10, 3, "portable") == "portable"
+    with pytest.raises(RuntimeError, match='kernels is "hopper", and the GPU is sm_100'):
+        kernels.path_for_capability(10, 0, "hopper")
+    with pytest.raises(RuntimeError, match="Hopper or Blackwell"):
+        kernels.path_for_capability(8, 9, "hopper")
 
 
 DIVISIONS = """

@@ -17,10 +17,14 @@ constexpr int kUnitKeys = 64;
 
 // Units of one request, and how they are laid out: KV heads outermost, then tiles of rows, then
 // keys. The first unit begins at a multiple of kAlignment.
-template <int kRows, int kAlignment>
+//
+// kEven: the keys of a request that is alone are split evenly among as many thread blocks for each
+// KV head and tile of rows, by units without keys at the end. A block then has one segment.
+template <int kRows, int kAlignment, bool kEven>
 struct RequestUnits {
   int row_tiles, key_units, keys_begin;
-  int64_t total;
+  int total;      // 2^31 units would be 2^37 tokens of a KV head
+  int share = 0;  // of a block, if the request is alone
 
   __device__ RequestUnits(const AttentionParams& p, const Request& request) {
     row_tiles = (request.rows + kRows - 1) / kRows;
@@ -29,7 +33,13 @@ struct RequestUnits {
     keys_begin = keys.begin & ~(kAlignment - 1);
     // Rows that see no key have a unit too: somebody must write their zeros.
     key_units = max(1, (keys.end - keys_begin + kUnitKeys - 1) / kUnitKeys);
-    total = int64_t{row_tiles} * key_units * p.kv_heads;
+    if (kEven && p.batch == 1 && row_tiles > 0) {
+      const int blocks = max(1, static_cast<int>(gridDim.x) / (row_tiles * p.kv_heads));
+      const int each = (key_units + blocks - 1) / blocks;
+      key_units = each * blocks;
+      if (blocks > 1) share = each;
+    }
+    total = row_tiles * key_units * p.kv_heads;
   }
 };
 
@@ -37,56 +47,64 @@ struct Segment {
   int request, kv_head, row0, rows;  // rows row0 to row0 + rows - 1 of the request
   KeyRange keys;                     // that any of the rows sees
   int key0, key1;                    // this segment's part of them: from a unit's first key on
-  int64_t begin, end;                // its units
-  int64_t whole_begin, whole_end;    // those of all that these rows see
+  int begin, end;                    // its units
+  int whole_begin, whole_end;        // those of all that these rows see
 };
 
 // A thread block's share of the units, taken segment by segment. All threads of the block make
 // one, together.
-template <int kThreads, int kRows, int kAlignment>
+template <int kThreads, int kRows, int kAlignment, bool kEven>
 class Share {
+  using Units = RequestUnits<kRows, kAlignment, kEven>;
+  static constexpr int kWarps = kThreads / 32;
+
  public:
-  __device__ explicit Share(const AttentionParams& p) {
-    constexpr int kWarps = kThreads / 32;
-    __shared__ int64_t warp_sums[kWarps];
-    __shared__ int shared_request;
-    __shared__ int64_t shared_before;
+  struct Scratch {  // in shared memory
+    int warp_sums[kWarps], before, request;
+  };
+
+  __device__ Share(const AttentionParams& p, Scratch& scratch) {
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
 
     // Each thread sums the units of some consecutive requests; a scan over the threads then tells
     // the total and who holds this block's first unit.
     const int requests_each = (p.batch + kThreads - 1) / kThreads;
     const int b0 = min(p.batch, thread * requests_each), b1 = min(p.batch, b0 + requests_each);
-    int64_t own = 0;
+    int own = 0;
     for (int b = b0; b < b1; ++b) own += units_of(p, b);
-    int64_t inclusive = own;
+    int inclusive = own;
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
-      const int64_t other = __shfl_up_sync(~0u, inclusive, step);
+      const int other = __shfl_up_sync(~0u, inclusive, step);
       if (lane >= step) inclusive += other;
     }
-    if (lane == 31) warp_sums[warp] = inclusive;
+    if (lane == 31) scratch.warp_sums[warp] = inclusive;
     __syncthreads();
-    int64_t total = 0;
+    int total = 0;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
-      if (w < warp) inclusive += warp_sums[w];
-      total += warp_sums[w];
+      if (w < warp) inclusive += scratch.warp_sums[w];
+      total += scratch.warp_sums[w];
     }
-    size = (total + gridDim.x - 1) / gridDim.x;
-    unit_ = blockIdx.x * size;
+    size = (total + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);
+    if (kEven && p.batch == 1) {
+      const int own_share = Units(p, Request(p, 0)).share;
+      even = own_share > 0;
+      if (even) size = own_share;
+    }
+    unit_ = static_cast<int>(blockIdx.x) * size;
     end_ = min(total, unit_ + size);
     if (empty()) return;
     if (unit_ < inclusive && unit_ >= inclusive - own) {
       int request = b0;
-      int64_t before = inclusive - own;
-      for (int64_t n; before + (n = units_of(p, request)) <= unit_; ++request) before += n;
-      shared_request = request;
-      shared_before = before;
+      int before = inclusive - own;
+      for (int n; before + (n = units_of(p, request)) <= unit_; ++request) before += n;
+      scratch.request = request;
+      scratch.before = before;
     }
     __syncthreads();
-    request_ = shared_request;
-    before_ = shared_before;
+    request_ = scratch.request;
+    before_ = scratch.before;
   }
 
   __device__ bool empty() const { return unit_ >= end_; }
@@ -95,44 +113,44 @@ class Share {
   __device__ bool next(const AttentionParams& p, Segment& segment) {
     while (!empty()) {
       const Request request(p, request_);
-      const RequestUnits<kRows, kAlignment> units(p, request);
+      const Units units(p, request);
       if (unit_ >= before_ + units.total) {
         before_ += units.total;
         ++request_;
         continue;
       }
-      const int within = static_cast<int>(unit_ - before_);
+      const int within = unit_ - before_;
       const int head_and_tile = within / units.key_units;
       segment.request = request_;
       segment.kv_head = head_and_tile / units.row_tiles;
       segment.row0 = (head_and_tile - segment.kv_head * units.row_tiles) * kRows;
       segment.rows = min(kRows, request.rows - segment.row0);
-      segment.whole_begin = before_ + int64_t{head_and_tile} * units.key_units;
+      segment.whole_begin = before_ + head_and_tile * units.key_units;
       segment.whole_end = segment.whole_begin + units.key_units;
       segment.begin = unit_;
       segment.end = min(segment.whole_end, end_);
       segment.keys = request.keys(p, p.group_divisor(segment.row0),
                                   p.group_divisor(segment.row0 + segment.rows - 1));
-      segment.key0 = units.keys_begin + static_cast<int>(unit_ - segment.whole_begin) * kUnitKeys;
+      segment.key0 = units.keys_begin + (unit_ - segment.whole_begin) * kUnitKeys;
       segment.key1 =
-          min(segment.keys.end,
-              units.keys_begin + static_cast<int>(segment.end - segment.whole_begin) * kUnitKeys);
+          min(segment.keys.end, units.keys_begin + (segment.end - segment.whole_begin) * kUnitKeys);
       unit_ = segment.end;
       return true;
     }
     return false;
   }
 
-  int64_t size;  // units a thread block
+  int size;           // units a thread block
+  bool even = false;  // see RequestUnits
 
  private:
-  __device__ static int64_t units_of(const AttentionParams& p, int b) {
-    return RequestUnits<kRows, kAlignment>(p, Request(p, b)).total;
+  __device__ static int units_of(const AttentionParams& p, int b) {
+    return Units(p, Request(p, b)).total;
   }
 
-  int64_t unit_, end_;
+  int unit_, end_;
   int request_;
-  int64_t before_;  // units of the requests before it
+  int before_;  // units of the requests before it
 };
 
 // Ends segments: from sums over the keys of one to rows of the output, or to parts in the
@@ -143,11 +161,11 @@ struct Finish {
 
   const AttentionParams& p;
   const Segment& segment;
-  int64_t share;
+  int share;
   float exponent_scale;  // of scores, in powers of two
 
-  __device__ int first_block() const { return static_cast<int>(segment.whole_begin / share); }
-  __device__ int last_block() const { return static_cast<int>((segment.whole_end - 1) / share); }
+  __device__ int first_block() const { return segment.whole_begin / share; }
+  __device__ int last_block() const { return (segment.whole_end - 1) / share; }
   __device__ bool whole() const {
     return segment.begin == segment.whole_begin && segment.end == segment.whole_end;
   }
@@ -183,9 +201,9 @@ struct Finish {
   }
 
   // Four neighbours of a row of this block's part; to the output if it is the whole.
-  __device__ void leave(int row, int column, float peak, float sum, float4 value) const {
+  __device__ void leave(float* part, int row, int column, float peak, float sum,
+                        float4 value) const {
     if (whole()) return store(row, column, peak, sum, value);
-    float* part = part_of(blockIdx.x);
     *reinterpret_cast<float4*>(part + row * kHeadDim + column) = value;
     if (column == 0) {
       part[kRows * kHeadDim + row] = peak;
@@ -193,44 +211,53 @@ struct Finish {
     }
   }
 
-  // After leave(): the last block to arrive adds the parts up. kThreads threads come here, which
-  // meet at `barrier`. `scratch` is shared memory for two floats a row and part, and two a row.
+  // After leave() to part_of(): the last block to arrive adds the parts up. kThreads threads come
+  // here, which meet at `barrier`; add_up() tells what `scratch` is.
   template <int kThreads>
   __device__ void meet(int thread, int barrier, float* scratch) const {
     if (whole()) return;
-    __shared__ bool last_to_arrive;
+    bool& last_to_arrive = *reinterpret_cast<bool*>(scratch);
     barrier_sync<kThreads>(barrier);
-    const int first = first_block(), parts = last_block() - first + 1;
     if (thread == 0) {
-      int* counter = p.arrivals + first;
-      last_to_arrive = add_acquire_release(counter, 1) == parts - 1;
+      int* counter = p.arrivals + first_block();
+      last_to_arrive = add_acquire_release(counter, 1) == last_block() - first_block();
       if (last_to_arrive) *counter = 0;
     }
     barrier_sync<kThreads>(barrier);
     if (!last_to_arrive) return;
+    const auto load = [&](int block, int i) { return __ldcg(part_of(block) + i); };
+    const auto load_4 = [&](int block, int i) {
+      return __ldcg(reinterpret_cast<const float4*>(part_of(block) + i));
+    };
+    add_up<kThreads>(thread, barrier, scratch, load, load_4);
+  }
 
+  // Adds up the parts, of which load(block, i) reads element i and load_4 four of them. `scratch`
+  // is shared memory for a bool in the first four floats, then two floats a row and part, then two
+  // a row.
+  template <int kThreads, typename Load, typename Load4>
+  __device__ void add_up(int thread, int barrier, float* scratch, Load load, Load4 load_4) const {
     // A load takes longer than everything else here: all that can be are in flight together.
     constexpr int kAhead = 8;
+    const int first = first_block(), parts = last_block() - first + 1;
     const int rows = segment.rows, i0 = 4 * thread;
     float4 ahead[kAhead];
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
       ahead[k] = float4{};
-      if (k < parts && i0 < rows * kHeadDim)
-        ahead[k] = __ldcg(reinterpret_cast<const float4*>(part_of(first + k) + i0));
+      if (k < parts && i0 < rows * kHeadDim) ahead[k] = load_4(first + k, i0);
     }
     // A warp takes a row, a lane every 32nd part of it.
-    float* weights = scratch;
+    float* weights = scratch + 4;
     float* sums = weights + parts * kRows;
     float* totals = sums + parts * kRows;
     for (int row = thread / 32; row < rows; row += kThreads / 32) {
       const int lane = thread % 32;
       float peak = -INFINITY, sum = 0;
       for (int k = lane; k < parts; k += 32) {
-        const float* part = part_of(first + k) + kRows * kHeadDim + row;
-        const float own = __ldcg(part);
+        const float own = load(first + k, kRows * kHeadDim + row);
         weights[k * kRows + row] = own;
-        sums[k * kRows + row] = __ldcg(part + kRows);
+        sums[k * kRows + row] = load(first + k, kRows * kHeadDim + kRows + row);
         peak = fmaxf(peak, own);
       }
 #pragma unroll
@@ -258,13 +285,13 @@ struct Finish {
           if (k < parts) add(value, weights[k * kRows + row], ahead[k]);
       }
 #pragma unroll 8
-      for (; k < parts; ++k) {
-        const auto* part = reinterpret_cast<const float4*>(part_of(first + k) + i);
-        add(value, weights[k * kRows + row], __ldcg(part));
-      }
+      for (; k < parts; ++k) add(value, weights[k * kRows + row], load_4(first + k, i));
       store(row, column, totals[row], totals[kRows + row], value);
     }
   }
 };
+
+// What add_up() needs at most, in floats.
+constexpr int scratch_floats(int rows, int blocks) { return 4 + 2 * rows * (blocks + 1); }
 
 }  // namespace sparsek

@@ -1,4 +1,5 @@
 // Writing new keys and values to their slots of the paged cache.
+#include "../common/hopper.cuh"
 #include "portable.h"
 
 namespace sparsek::portable {
@@ -8,6 +9,7 @@ namespace {
 template <typename Vector>
 __global__ void write_kv_kernel(const __grid_constant__ WriteParams p) {
   constexpr int kElements = sizeof(Vector) / 2;
+  allow_next_kernel();  // attention, as a rule
   const int64_t token = blockIdx.x;
   const int64_t slot = p.slots_are_64_bit ? static_cast<const int64_t*>(p.slots)[token]
                                           : static_cast<const int*>(p.slots)[token];

@@ -25,7 +25,9 @@ __global__ void __launch_bounds__(kThreads, kDecodeBlocksPerMultiprocessor)
   __shared__ float row_maxima[kWarps][kRows], row_sums[kWarps][kRows];
 
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  Share<kThreads, kRows, kGroupKeys> share(p);
+  using OwnShare = Share<kThreads, kRows, kGroupKeys, false>;
+  __shared__ typename OwnShare::Scratch scratch;
+  OwnShare share(p, scratch);
   if (share.empty()) return;
 
   const uint32_t ring = shared_address(shared) + warp * kRingBytes;
@@ -214,8 +216,9 @@ __global__ void __launch_bounds__(kThreads, kDecodeBlocksPerMultiprocessor)
         finish.add(value, factor,
                    *reinterpret_cast<const float4*>(shared + w * kRingBytes + 4 * i));
       }
-      finish.leave(row, column, peak, sum, value);
+      finish.leave(finish.part_of(blockIdx.x), row, column, peak, sum, value);
     }
+    // The rings have been read by the time that it uses them.
     finish.template meet<kThreads>(thread, 0, reinterpret_cast<float*>(shared));
     __syncthreads();  // the rings and row_maxima are free again
   }
@@ -230,7 +233,7 @@ cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   const int blocks = p.multiprocessors * kDecodeBlocksPerMultiprocessor;
   // All of them can hold a part of the same rows, whose weights and sums go to shared memory.
-  if ((blocks + 1) * kRows * 2 * static_cast<int>(sizeof(float)) > bytes)
+  if (scratch_floats(kRows, blocks) * static_cast<int>(sizeof(float)) > bytes)
     return cudaErrorInvalidConfiguration;
   kernel<<<blocks, kThreads, bytes, stream>>>(p);
   return cudaGetLastError();

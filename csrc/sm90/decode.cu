@@ -5,9 +5,15 @@
 // warp runs ahead through the block's whole share, across segments, and keeps a ring of units in
 // shared memory full. Two groups of four consumer warps take units in turn, each warp 16 keys.
 //
+// One request alone is split evenly, each KV head's keys over the blocks of a cluster where that
+// fits: they add their parts up through each other's shared memory. Otherwise parts go through the
+// workspace.
+//
 // The operands of the products are swapped: keys (then the dimensions of V) are the 16 rows of
 // mma.sync m16n8k16 and queries its 8 columns, since a KV head has few. kTiles such tiles of rows
 // are held at once.
+#include <atomic>
+
 #include "../common/hopper.cuh"
 #include "../common/split.cuh"
 #include "sm90.h"
@@ -33,8 +39,21 @@ constexpr int kStages = kRingBytes / (2 * kTensorBytes<kHeadDim>);
 // Rows of sums that warps leave each other: four floats more keep them in different banks.
 template <int kHeadDim>
 constexpr int kPitch = kHeadDim + 4;
+template <int kTiles>
+using OwnShare = Share<kThreads, 8 * kTiles, kUnitKeys, true>;
+
 template <int kHeadDim, int kTiles>
-constexpr int kMeetingFloats = kWarpsOfGroup * 8 * kTiles * kPitch<kHeadDim>;
+struct Shared {
+  static constexpr int kRows = 8 * kTiles;
+  static constexpr int kMeetingFloats = kWarpsOfGroup * kRows * kPitch<kHeadDim>;
+
+  char ring[kRingBytes];
+  float meeting[kMeetingFloats];  // warps' sums, then this block's part of a row's sum
+  float row_maxima[kWarps][kRows], row_sums[kWarps][kRows];
+  uint64_t full[kStages<kHeadDim>], empty[kStages<kHeadDim>];
+  uint64_t parts_ready, part_read;  // of a cluster
+  typename OwnShare<kTiles>::Scratch scratch;
+};
 
 struct DecodeParams {
   CUtensorMap k, v;
@@ -64,7 +83,7 @@ __device__ void produce(const DecodeParams& d, Share& share, char* ring, uint64_
         address = KeyAddress(p, segment.request, key);
       return address;
     };
-    const int units = static_cast<int>(segment.end - segment.begin);
+    const int units = segment.end - segment.begin;
     KeyAddress now = look_up(lane), ahead = look_up(lane + 32);
     for (int unit = 0, box = 0; unit < units; ++unit, box += boxes) {
       if (box > 0 && box % 32 == 0) {
@@ -91,9 +110,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     decode_kernel(const __grid_constant__ DecodeParams d) {
   constexpr int kSteps = kHeadDim / 16, kRows = 8 * kTiles;
   constexpr int kBytes = kTensorBytes<kHeadDim>, kStagesHere = kStages<kHeadDim>;
-  extern __shared__ __align__(1024) char shared[];
-  __shared__ uint64_t full[kStagesHere], empty[kStagesHere];
-  __shared__ float row_maxima[kWarps][kRows], row_sums[kWarps][kRows];
+  extern __shared__ __align__(1024) char dynamic[];
+  auto& shared = *reinterpret_cast<Shared<kHeadDim, kTiles>*>(dynamic);
 
   const AttentionParams& p = d.attention;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
@@ -101,15 +119,27 @@ __global__ void __launch_bounds__(kThreads, 1)
     prefetch_tensor_map(&d.k);
     prefetch_tensor_map(&d.v);
     for (int i = 0; i < kStagesHere; ++i) {
-      mbarrier_init(&full[i], 1);
-      mbarrier_init(&empty[i], kWarpsOfGroup);
+      mbarrier_init(&shared.full[i], 1);
+      mbarrier_init(&shared.empty[i], kWarpsOfGroup);
     }
+    mbarrier_init(&shared.parts_ready, cluster_size());
+    mbarrier_init(&shared.part_read, 1);
     mbarrier_fence_init();
   }
+  if (cluster_size() > 1) {
+    __syncwarp();
+    cluster_arrive();
+  }
+  wait_for_previous_kernel();
+  allow_next_kernel();
   // Its barriers make the initialised ones known to all threads.
-  Share<kThreads, kRows, kUnitKeys> share(p);
+  OwnShare<kTiles> share(p, shared.scratch);
+  if (cluster_size() > 1) {
+    __syncwarp();
+    cluster_wait();
+  }
   if (share.empty()) return;
-  if (warp == kWarps) return produce<kHeadDim>(d, share, shared, full, empty);
+  if (warp == kWarps) return produce<kHeadDim>(d, share, shared.ring, shared.full, shared.empty);
 
   const int warp_of_group = warp % kWarpsOfGroup, group = warp / kWarpsOfGroup;
   // Where this lane's row of a matrix lies in a warp's 16 keys: boxes of 16 or more keys, each one
@@ -119,14 +149,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int own_box = own_key >> d.box_keys_log2;
   const uint32_t own_rows = own_box * chunk_bytes * (kHeadDim / kChunk) +
                             (own_key - (own_box << d.box_keys_log2)) * 2 * kChunk;
-  const uint32_t ring = shared_address(shared);
+  const uint32_t ring = shared_address(shared.ring);
   const auto piece = [](int row, int index) -> uint32_t {
     return row * (2 * kChunk) + ((index ^ (row & 7)) << 4);
   };
   const uint32_t k_lane = ring + own_rows + piece(lane % 16, lane / 16);
   const uint32_t v_lane = ring + kBytes + own_rows + piece(lane % 8 + lane / 16 * 8, lane / 8 % 2);
   const float exponent_scale = kGeneral ? kLog2e : p.scale_log2e;
-  float* meeting = reinterpret_cast<float*>(shared + kRingBytes);
 
   int stage = group, phase = 0, turn = 0;
   for (Segment segment; share.next(p, segment);) {
@@ -161,12 +190,12 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) row_max[t][0] = row_max[t][1] = -INFINITY;
 
-    const int units = static_cast<int>(segment.end - segment.begin);
+    const int units = segment.end - segment.begin;
     for (int unit = 0; unit < units; ++unit) {
       const bool own_turn = turn == group;
       turn = turn + 1 == kGroups ? 0 : turn + 1;
       if (!own_turn) continue;
-      mbarrier_wait(&full[stage], phase);
+      mbarrier_wait(&shared.full[stage], phase);
       const int key = segment.key0 + unit * kUnitKeys + own_key;
       if (key < keys.end && key + kGroupKeys > keys.begin) {
         const uint32_t offset = stage * 2 * kBytes;
@@ -179,17 +208,18 @@ __global__ void __launch_bounds__(kThreads, 1)
           for (int t = 0; t < kTiles; ++t) mma<T>(scores[t], k, q[t][step][0], q[t][step][1]);
         }
         if (kGeneral || key < common.begin || key + kGroupKeys > common.end) {
+          const Request own_request(p, segment.request);  // again: registers are short
 #pragma unroll
           for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
               const int row = 8 * t + 2 * (lane % 4) + i % 2, own = key + lane / 4 + i / 2 * 8;
               const int query = query_of(row);
-              const KeyRange visible = request.keys(p, query);
+              const KeyRange visible = own_request.keys(p, query);
               const bool sees = own >= visible.begin && own < visible.end;
               if (kGeneral)
-                scores[t][i] =
-                    adjust_score(p, scores[t][i], request, head_of(row, query), query, own, sees);
+                scores[t][i] = adjust_score(p, scores[t][i], own_request, head_of(row, query),
+                                            query, own, sees);
               // By selection: adding -inf would keep a NaN.
               if (!sees) scores[t][i] = -INFINITY;
             }
@@ -264,7 +294,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
       }
       __syncwarp();
-      if (lane == 0) mbarrier_arrive(&empty[stage]);
+      if (lane == 0) mbarrier_arrive(&shared.empty[stage]);
       stage += kGroups;
       if (stage >= kStagesHere) stage -= kStagesHere, phase ^= 1;
     }
@@ -280,14 +310,14 @@ __global__ void __launch_bounds__(kThreads, 1)
         sum += __shfl_xor_sync(~0u, sum, 8);
         sum += __shfl_xor_sync(~0u, sum, 16);
         if (lane < 4) {
-          row_maxima[warp][8 * t + 2 * lane + c] = row_max[t][c];
-          row_sums[warp][8 * t + 2 * lane + c] = sum;
+          shared.row_maxima[warp][8 * t + 2 * lane + c] = row_max[t][c];
+          shared.row_sums[warp][8 * t + 2 * lane + c] = sum;
         }
       }
     }
     barrier_sync<kConsumers>(kConsumerBarrier);
     const Finish<T, kHeadDim, kRows, kGeneral> finish{p, segment, share.size, exponent_scale};
-    float* own_sums = meeting + warp_of_group * kRows * kPitch<kHeadDim>;
+    float* own_sums = shared.meeting + warp_of_group * kRows * kPitch<kHeadDim>;
     const auto exchange = [&](bool adds) {
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) {
@@ -297,7 +327,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           if (row >= rows) continue;
           float peak = -INFINITY;
 #pragma unroll
-          for (int w = 0; w < kWarps; ++w) peak = fmaxf(peak, row_maxima[w][row]);
+          for (int w = 0; w < kWarps; ++w) peak = fmaxf(peak, shared.row_maxima[w][row]);
           const float factor = finish.weight(row_max[t][c], peak);
 #pragma unroll
           for (int step = 0; step < kSteps; ++step) {
@@ -315,24 +345,67 @@ __global__ void __launch_bounds__(kThreads, 1)
     barrier_sync<kConsumers>(kConsumerBarrier);
     if (group == 0) exchange(true);
     barrier_sync<kConsumers>(kConsumerBarrier);
-    for (int i = 4 * thread; i < rows * kHeadDim; i += 4 * kConsumers) {
-      const int row = i / kHeadDim, column = i % kHeadDim;
-      float peak = -INFINITY, sum = 0;
-      float4 value = {};
+    constexpr int kPasses = (kRows * kHeadDim + 4 * kConsumers - 1) / (4 * kConsumers);
+    float4 values[kPasses] = {};
+    float peaks[kPasses], sums[kPasses] = {};
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) peak = fmaxf(peak, row_maxima[w][row]);
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int i = 4 * (thread + pass * kConsumers), row = i / kHeadDim, column = i % kHeadDim;
+      peaks[pass] = -INFINITY;
+      if (row >= rows) break;
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w)
-        sum += finish.weight(row_maxima[w][row], peak) * row_sums[w][row];
+      for (int w = 0; w < kWarps; ++w) peaks[pass] = fmaxf(peaks[pass], shared.row_maxima[w][row]);
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        sums[pass] +=
+            finish.weight(shared.row_maxima[w][row], peaks[pass]) * shared.row_sums[w][row];
+      }
 #pragma unroll
       for (int w = 0; w < kWarpsOfGroup; ++w) {
-        finish.add(value, 1.0f,
-                   *reinterpret_cast<const float4*>(meeting + (w * kRows + row) * kPitch<kHeadDim> +
-                                                    column));
+        finish.add(values[pass], 1.0f,
+                   *reinterpret_cast<const float4*>(shared.meeting +
+                                                    (w * kRows + row) * kPitch<kHeadDim> + column));
       }
-      finish.leave(row, column, peak, sum, value);
     }
-    finish.template meet<kConsumers>(thread, kConsumerBarrier, meeting);
+    // Of one request alone a block has one segment: nobody waits for long.
+    const int cluster = cluster_size();
+    const int first = finish.first_block(), last = finish.last_block();
+    const bool in_cluster = share.even && !finish.whole() && first / cluster == last / cluster;
+    if (in_cluster) barrier_sync<kConsumers>(kConsumerBarrier);  // meeting has been read
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int i = 4 * (thread + pass * kConsumers), row = i / kHeadDim, column = i % kHeadDim;
+      if (row < rows) {
+        finish.leave(in_cluster ? shared.meeting : finish.part_of(blockIdx.x), row, column,
+                     peaks[pass], sums[pass], values[pass]);
+      }
+    }
+    if (!in_cluster) {
+      finish.template meet<kConsumers>(thread, kConsumerBarrier, shared.meeting);
+    } else {
+      barrier_sync<kConsumers>(kConsumerBarrier);
+      if (static_cast<int>(blockIdx.x) != first) {
+        if (thread == 0) {
+          mbarrier_arrive_remote(remote_address(&shared.parts_ready, first % cluster));
+          mbarrier_wait(&shared.part_read, 0);
+        }
+      } else {
+        // For itself, and for the blocks of the cluster that have no part of this.
+        if (thread == 0) mbarrier_arrive_times(&shared.parts_ready, cluster - (last - first));
+        mbarrier_wait(&shared.parts_ready, 0);
+        const auto load = [&](int block, int i) {
+          return load_remote(remote_address(shared.meeting + i, block % cluster));
+        };
+        const auto load_4 = [&](int block, int i) {
+          return load_remote_4(remote_address(shared.meeting + i, block % cluster));
+        };
+        finish.template add_up<kConsumers>(thread, kConsumerBarrier,
+                                           shared.meeting + finish.kPartFloats, load, load_4);
+        barrier_sync<kConsumers>(kConsumerBarrier);
+        if (thread < last - first)
+          mbarrier_arrive_remote(remote_address(&shared.part_read, (first + 1 + thread) % cluster));
+      }
+    }
     barrier_sync<kConsumers>(kConsumerBarrier);  // row_maxima and meeting are free again
   }
 }
@@ -380,19 +453,49 @@ cudaError_t make_map(CUtensorMap* map, const KVTensor& tensor, int kv_heads, int
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
+// The largest cluster of which so many run at the same time that few multiprocessors are idle.
+int best_cluster(Launch<DecodeParams> launch) {
+  const int multiprocessors = launch.blocks;
+  for (const int size : {16, 8, 4, 2}) {
+    launch.cluster = size;
+    launch.blocks = multiprocessors / size * size;
+    int clusters = 0;
+    if (active_clusters(launch, &clusters) != cudaSuccess) {
+      cudaGetLastError();  // the GPU has no such clusters
+      continue;
+    }
+    if (clusters * size >= launch.blocks && 4 * launch.blocks >= 3 * multiprocessors) return size;
+  }
+  return 1;
+}
+
 template <typename T, int kHeadDim, int kTiles, bool kGeneral>
 cudaError_t launch(const DecodeParams& d, cudaStream_t stream) {
-  auto kernel = decode_kernel<T, kHeadDim, kTiles, kGeneral>;
-  constexpr int bytes = kRingBytes + sizeof(float) * kMeetingFloats<kHeadDim, kTiles>;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) return error;
-  const int blocks = d.attention.multiprocessors;
-  // All of them can hold a part of the same rows, whose weights and sums go to shared memory.
-  if ((blocks + 1) * 8 * kTiles * 2 > kMeetingFloats<kHeadDim, kTiles>)
+  using Memory = Shared<kHeadDim, kTiles>;
+  static_assert(sizeof(Memory) <= 227 * 1024);
+  // The least that parts in a cluster leave.
+  static_assert(scratch_floats(8 * kTiles, 16) <=
+                Memory::kMeetingFloats - 8 * kTiles * (kHeadDim + 2));
+  const int multiprocessors = d.attention.multiprocessors;
+  // All blocks can hold a part of the same rows, whose weights and sums go to shared memory.
+  if (scratch_floats(8 * kTiles, multiprocessors) > Memory::kMeetingFloats)
     return cudaErrorInvalidConfiguration;
-  kernel<<<blocks, kThreads, bytes, stream>>>(d);
-  return cudaGetLastError();
+  const auto kernel = decode_kernel<T, kHeadDim, kTiles, kGeneral>;
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           static_cast<int>(sizeof(Memory)));
+  if (error == cudaSuccess)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (error != cudaSuccess) return error;
+  Launch<DecodeParams> launch{kernel, multiprocessors, kThreads, sizeof(Memory), 1};
+  if (d.attention.batch == 1) {
+    static std::atomic<int> found[64];  // for each GPU; 0: not yet
+    int device = 0;
+    if ((error = cudaGetDevice(&device)) != cudaSuccess) return error;
+    if (!found[device % 64]) found[device % 64] = best_cluster(launch);
+    launch.cluster = found[device % 64];
+    launch.blocks = multiprocessors / launch.cluster * launch.cluster;
+  }
+  return launch_overlapping(launch, d, stream);
 }
 
 }  // namespace

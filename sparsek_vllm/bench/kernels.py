@@ -6,6 +6,7 @@ side by side in the last dimension.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,9 +16,18 @@ from typing import Any
 import torch
 
 from sparsek_vllm.bench.timing import Call, copies_beyond_l2, time_in_graphs, time_launches
-from sparsek_vllm.core import DenseKV, PagedKV, attention_forward, kernels, varlen_attention
+from sparsek_vllm.core import (
+    DenseKV,
+    PagedKV,
+    attention_forward,
+    get_default_config,
+    kernels,
+    set_default_config,
+    varlen_attention,
+)
 
 OURS = "sparsek"
+PORTABLE = "portable"  # ours too, beside Hopper's own kernels where those are chosen
 _DEVICE = "cuda"
 
 
@@ -36,8 +46,22 @@ class Row:
         return self.work / self.times[contender] / 1e6
 
     def best_peer(self) -> str | None:
-        peers = [name for name in self.times if name != OURS]
+        peers = [name for name in self.times if name not in (OURS, PORTABLE)]
         return min(peers, key=self.times.__getitem__) if peers else None
+
+
+def _with_portable(call: Call) -> Call:
+    chosen = get_default_config()
+    portable = dataclasses.replace(chosen, kernels=PORTABLE)
+
+    def portable_call(i: int) -> object:
+        set_default_config(portable)
+        try:
+            return call(i)
+        finally:
+            set_default_config(chosen)
+
+    return portable_call
 
 
 @dataclass
@@ -83,6 +107,8 @@ class Paged:
 
     def contenders(self) -> dict[str, Call]:
         calls: dict[str, Call] = {OURS: self.ours()}
+        if get_default_config().kernels == "hopper":
+            calls[PORTABLE] = _with_portable(calls[OURS])
         for name, make in (
             ("FA3", self.flash_attention),
             ("FlashInfer", self.flashinfer),

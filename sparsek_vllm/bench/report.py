@@ -38,9 +38,16 @@ def table(name: str, rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def as_json(environment: dict[str, str], sets: dict[str, list[Row]], serving: Any) -> str:
+def as_json(
+    environment: dict[str, str], sets: dict[str, list[Row]], floor: Any, serving: Any
+) -> str:
     kernels = {name: [asdict(row) for row in rows] for name, rows in sets.items()}
-    everything = {"environment": environment, "kernels": kernels, "serving": serving}
+    everything = {
+        "environment": environment,
+        "kernels": kernels,
+        "floor": floor,
+        "serving": serving,
+    }
     return json.dumps(everything, indent=1) + "\n"
 
 

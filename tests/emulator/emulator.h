@@ -59,8 +59,11 @@ struct Copy {
   const void* source;  // null: zeros
 };
 
+struct Block;
+
 struct Thread {
   Index thread_idx{};
+  Block* block = nullptr;
   Warp* warp = nullptr;
   int lane = 0;
   bool done = false;
@@ -78,30 +81,44 @@ struct Phases {
   Barrier completed;  // counts the phases
 };
 
-struct Block {
-  Index index{}, grid{};
-  unsigned threads = 0;
+constexpr size_t kSharedBytes = 228 << 10, kStackBytes = 64 << 10;
+
+struct alignas(1024) Block {
+  char shared[kSharedBytes];
+  Index index{};
+  unsigned threads = 0, alive = 0;
   Barrier barrier;    // of __syncthreads
   Barrier named[16];  // of other groups of warps
+};
+
+// Blocks that run at the same time.
+struct Cluster {
+  std::deque<Block> blocks;
+  Index grid{};
+  int alive = 0;    // threads that have not ended
+  Barrier barrier;  // of those
   std::map<const void*, Phases> phases;
   std::vector<std::function<void()>> copies;  // by the tensor memory accelerator, not made yet
 };
 
-constexpr size_t kSharedBytes = 228 << 10, kStackBytes = 64 << 10;
 inline Thread* current = nullptr;
-inline Block block;
+inline Cluster cluster;
 inline jmp_buf scheduler;
-alignas(1024) inline char shared_memory[kSharedBytes];
 inline size_t shared_bytes = 0;  // that the running kernel asked for
 inline const std::function<void()>* body = nullptr;
 inline std::mt19937 random_numbers{1};
 
-inline char* dynamic_shared() { return shared_memory; }
+inline char* dynamic_shared() { return current->block->shared; }
 
-// Memory in the dynamic part of shared memory.
+// Memory in the dynamic part of shared memory: this block's, or that of another of the cluster,
+// whose rank and 1 are in the address's high byte.
 inline char* at_shared(uint32_t address, size_t bytes) {
+  Block* block = current->block;
+  if (address >> 24) block = &cluster.blocks.at((address >> 24) - 1);
+  if (!block->alive) fail("shared memory of a block that has ended");
+  address &= 0xffffff;
   if (address + bytes > shared_bytes) fail("shared memory address out of bounds");
-  return shared_memory + address;
+  return block->shared + address;
 }
 
 inline void wait(Barrier& barrier) {
@@ -132,9 +149,10 @@ inline void wait(const Phases& phases, int parity) {
 
 // Copies that nobody waits for yet come in any order, at any time.
 inline void make_a_copy() {
-  std::swap(block.copies[random_numbers() % block.copies.size()], block.copies.back());
-  const auto copy = std::move(block.copies.back());
-  block.copies.pop_back();
+  auto& copies = cluster.copies;
+  std::swap(copies[random_numbers() % copies.size()], copies.back());
+  const auto copy = std::move(copies.back());
+  copies.pop_back();
   copy();
 }
 
@@ -179,19 +197,23 @@ inline void start(Thread& thread) {
   swapcontext(&returns, &context);  // comes back through `scheduler`
 }
 
-inline void run_block(std::vector<Thread>& threads, std::vector<Warp>& warps) {
+inline void run_cluster(std::vector<Thread>& threads, std::vector<Warp>& warps) {
   const int count = static_cast<int>(threads.size());
-  // NaN in every format.
-  std::memset(shared_memory, 0xff, sizeof(shared_memory));
-  block.barrier = {count};
-  for (Barrier& named : block.named) named = {};
-  block.phases.clear();
+  for (Block& block : cluster.blocks) {
+    std::memset(block.shared, 0xff, sizeof(block.shared));  // NaN in every format
+    block.barrier = {static_cast<int>(block.threads)};
+    block.alive = block.threads;
+    for (Barrier& named : block.named) named = {};
+  }
+  cluster.phases.clear();
+  cluster.barrier = {count};
+  cluster.alive = count;
   for (auto& warp : warps) warp = {.barrier = {32}};
   std::vector<char> started(count, 0);
-  volatile int left = count;
   for (int i = 0; i < count; ++i) {
     Thread& thread = threads[i];
-    thread.thread_idx = {static_cast<unsigned>(i), 0, 0};
+    thread.block = &cluster.blocks[i / cluster.blocks[0].threads];
+    thread.thread_idx = {static_cast<unsigned>(i) % thread.block->threads, 0, 0};
     thread.warp = &warps[i / 32];
     thread.lane = i % 32;
     thread.done = false;
@@ -200,14 +222,14 @@ inline void run_block(std::vector<Thread>& threads, std::vector<Warp>& warps) {
     thread.stack.resize(kStackBytes);
   }
   std::vector<int> ready;
-  while (left > 0) {
+  while (cluster.alive > 0) {
     ready.clear();
     for (int i = 0; i < count; ++i) {
       const Thread& t = threads[i];
       const bool blocked = t.waits_for && t.waits_for->round == t.waits_round;
       if (!t.done && !blocked) ready.push_back(i);
     }
-    if (!block.copies.empty() && (ready.empty() || random_numbers() % 64 == 0)) {
+    if (!cluster.copies.empty() && (ready.empty() || random_numbers() % 64 == 0)) {
       make_a_copy();
       continue;
     }
@@ -221,44 +243,60 @@ inline void run_block(std::vector<Thread>& threads, std::vector<Warp>& warps) {
         started[i] = 1;
         start(*current);
       }
-      if (current->done) --left;
+      if (current->done) {
+        --cluster.alive;
+        --current->block->alive;
+        --cluster.barrier.expected;
+      }
     }
   }
-  if (!block.copies.empty()) fail("a block ends before its copies have come");
+  if (!cluster.copies.empty()) fail("a block ends before its copies have come");
+}
+
+template <typename Kernel, typename Parameters>
+inline void launch_clusters(Kernel kernel, dim3 grid, unsigned count, size_t bytes, unsigned size,
+                            const Parameters& parameters) {
+  const unsigned blocks = grid.x * grid.y * grid.z;
+  if (count % 32 || bytes > kSharedBytes || blocks % size) fail("bad launch");
+  std::vector<Thread> threads(count * size);
+  std::vector<Warp> warps(count * size / 32);
+  const std::function<void()> call = [&] { kernel(parameters); };
+  body = &call;
+  shared_bytes = bytes;
+  cluster.grid = {grid.x, grid.y, grid.z};
+  while (cluster.blocks.size() < size) cluster.blocks.emplace_back();
+  while (cluster.blocks.size() > size) cluster.blocks.pop_back();
+  std::vector<unsigned> order(blocks / size);
+  std::iota(order.begin(), order.end(), 0);
+  std::shuffle(order.begin(), order.end(), random_numbers);
+  for (const unsigned first : order) {
+    for (unsigned rank = 0; rank < size; ++rank) {
+      const unsigned i = first * size + rank;
+      cluster.blocks[rank].threads = count;
+      cluster.blocks[rank].index = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
+    }
+    run_cluster(threads, warps);
+  }
 }
 
 template <typename Kernel, typename Parameters>
 inline void launch(Kernel kernel, dim3 grid, unsigned count, size_t bytes, cudaStream_t,
                    const Parameters& parameters) {
-  if (count % 32 || bytes > kSharedBytes) fail("bad launch");
-  std::vector<Thread> threads(count);
-  std::vector<Warp> warps(count / 32);
-  const std::function<void()> call = [&] { kernel(parameters); };
-  body = &call;
-  shared_bytes = bytes;
-  block.grid = {grid.x, grid.y, grid.z};
-  block.threads = count;
-  std::vector<unsigned> order(size_t{grid.x} * grid.y * grid.z);
-  std::iota(order.begin(), order.end(), 0);
-  std::shuffle(order.begin(), order.end(), random_numbers);
-  for (const unsigned i : order) {
-    block.index = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
-    run_block(threads, warps);
-  }
+  launch_clusters(kernel, grid, count, bytes, 1, parameters);
 }
 
 }  // namespace emulator
 
 #define threadIdx (emulator::current->thread_idx)
-#define blockIdx (emulator::block.index)
-#define gridDim (emulator::block.grid)
-#define blockDim (emulator::Index{emulator::block.threads, 1, 1})
+#define blockIdx (emulator::current->block->index)
+#define gridDim (emulator::cluster.grid)
+#define blockDim (emulator::Index{emulator::current->block->threads, 1, 1})
 
 template <typename... Parameters>
 cudaError_t cudaFuncSetAttribute(void (*)(Parameters...), cudaFuncAttribute, int) {
   return cudaSuccess;
 }
-inline void __syncthreads() { emulator::wait(emulator::block.barrier); }
+inline void __syncthreads() { emulator::wait(emulator::current->block->barrier); }
 inline void __syncwarp() { emulator::wait(emulator::current->warp->barrier); }
 inline void __threadfence() {}
 template <typename T>

@@ -27,7 +27,7 @@ inline void copy_async_wait() {
 
 template <int kThreads>
 inline void barrier_sync(int barrier) {
-  auto& named = emulator::block.named[barrier];
+  auto& named = emulator::current->block->named[barrier];
   if (named.arrived == 0) named.expected = kThreads;
   if (named.expected != kThreads) emulator::fail("threads disagree on who meets at a barrier");
   emulator::wait(named);
