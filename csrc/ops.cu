@@ -143,13 +143,17 @@ struct LaunchAttention {
 
   template <typename T, int kHeadDim>
   void operator()() const {
-    if (with_prefill) check(portable::prefill<T, kHeadDim>(p, stream));
-    if (!with_decode) return;
 #ifdef SPARSEK_SM90
-    if (hopper && sm90::has_tensor_map(p.k, p.kv_heads) && sm90::has_tensor_map(p.v, p.kv_heads))
-      return check(sm90::decode<T, kHeadDim>(p, stream));
+    if (hopper && sm90::has_tensor_map(p.k, p.kv_heads) && sm90::has_tensor_map(p.v, p.kv_heads)) {
+      const bool plain = p.softcap <= 0 && !p.bias;
+      if (with_prefill && plain) check(sm90::prefill<T, kHeadDim>(p, stream));
+      if (with_prefill && !plain) check(portable::prefill<T, kHeadDim>(p, stream));
+      if (with_decode) check(sm90::decode<T, kHeadDim>(p, stream));
+      return;
+    }
 #endif
-    check(portable::decode<T, kHeadDim>(p, stream));
+    if (with_prefill) check(portable::prefill<T, kHeadDim>(p, stream));
+    if (with_decode) check(portable::decode<T, kHeadDim>(p, stream));
   }
 };
 
@@ -231,18 +235,16 @@ void varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
   const bool with_decode = min_seqlen_q * p.group <= p.decode_rows;
 
   const DeviceScope device(q);
-  if (with_decode) {
-    p.multiprocessors = device.multiprocessors();
-    const int64_t blocks = p.multiprocessors * portable::kDecodeBlocksPerMultiprocessor;
-    const int64_t counters = (blocks + 3) / 4 * 4;
-    const int64_t floats =
-        counters + 2 * blocks * portable::decode_part_floats(static_cast<int>(head_dim));
-    check(
-        workspace && workspace->scalar_type() == ScalarType::Float && workspace->numel() >= floats,
+  p.multiprocessors = device.multiprocessors();
+  const int64_t blocks = p.multiprocessors * portable::kDecodeBlocksPerMultiprocessor;
+  const int64_t tile_counters = 4, counters = tile_counters + (blocks + 3) / 4 * 4;
+  const int64_t floats =
+      counters + 2 * blocks * portable::decode_part_floats(static_cast<int>(head_dim));
+  check(workspace && workspace->scalar_type() == ScalarType::Float && workspace->numel() >= floats,
         "workspace must hold " + std::to_string(floats) + " float32 zeros");
-    p.arrivals = static_cast<int*>(workspace->data_ptr());
-    p.partials = static_cast<float*>(workspace->data_ptr()) + counters;
-  }
+  p.tile_counters = static_cast<int*>(workspace->data_ptr());
+  p.arrivals = p.tile_counters + tile_counters;
+  p.partials = static_cast<float*>(workspace->data_ptr()) + counters;
   for_type_and_size(
       q.scalar_type(), head_dim,
       LaunchAttention{p, with_prefill, with_decode, device.is_hopper(), device.stream()});

@@ -70,9 +70,10 @@ struct AttentionParams {
   // Requests with at most this many rows (queries times group) are the decode kernel's, the
   // others the prefill kernel's.
   int decode_rows;
-  int64_t most_rows;  // that a request of the decode kernel can have
-  float* partials;    // workspace of the decode kernel
-  int* arrivals;      // zero before and after each launch
+  int64_t most_rows;   // that a request of the decode kernel can have
+  float* partials;     // workspace of the decode kernel
+  int* arrivals;       // zero before and after each launch
+  int* tile_counters;  // two, likewise: of Hopper's prefill kernel
 };
 
 struct WriteParams {

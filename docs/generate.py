@@ -50,8 +50,8 @@ A variable that cannot be parsed is a `ValueError` that names it. The tile field
 prefill kernel; one at its default is chosen by the dispatcher, any other pins a variant, which
 compiles once. Tiles that cannot be built are refused with the list of those that can. The portable
 kernels use neither TMA nor warp specialisation nor a persistent grid, whatever those three fields
-say; Hopper's decode kernel (`kernels="hopper"`) uses all three. A `Config` takes effect when it is
-set, not when a field of it changes later.
+say; Hopper's own (`kernels="hopper"`) use all three, with tiles of their own. A `Config` takes
+effect when it is set, not when a field of it changes later.
 
 ## More variables
 

@@ -83,21 +83,57 @@ def functions(library: Path, part: str) -> dict[str, str]:
     return {function.split()[0]: function for function in found}
 
 
-def test_hopper_kernels_use_what_hopper_has(hopper_library: Path) -> None:
-    """Tensor copies, barriers in shared memory, remote reads; nothing spills."""
-    kernels_found = functions(hopper_library, "sm90")
-    assert len(kernels_found) == 2 * 2 * 3  # dtype, head_dim, tiles of rows and general
-    for name, function in kernels_found.items():
-        wanted = ("UTMALDG.5D", "SYNCS", "HMMA.16816.F32", "LDSM", "MOVM", "UCGABAR", "ACQBULK")
-        for instruction in wanted:
+@pytest.mark.parametrize(
+    ("kernel", "count", "wanted"),
+    [
+        # dtype, head_dim, tiles of rows and general
+        ("decode", 2 * 2 * 3, "UTMALDG.5D SYNCS HMMA.16816.F32 LDSM MOVM UCGABAR ACQBULK"),
+        ("prefill", 2 * 2, "UTMALDG.5D SYNCS HGMMA.64x128x16 WARPGROUP.DEPBAR USETMAXREG ACQBULK"),
+    ],
+)
+def test_hopper_kernels_use_what_hopper_has(
+    hopper_library: Path, kernel: str, count: int, wanted: str
+) -> None:
+    """Tensor copies, barriers in shared memory, wgmma; nothing spills."""
+    found = functions(hopper_library, "sm90")
+    found = {name: code for name, code in found.items() if f"{kernel}_kernel" in name}
+    assert len(found) == count
+    for name, function in found.items():
+        for instruction in wanted.split():
             assert instruction in function, (name, instruction)
         assert not re.search(r"\b(LDL|STL)\b", function), name
     usage = re.findall(
         r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", dump(hopper_library, "-res-usage")
     )
     for name, registers, stack in usage:
-        if "sm90" in name:
+        if name in found:
             assert int(registers) <= HOPPER_REGISTERS and int(stack) == 0, name
+
+
+def test_exponentials_run_under_the_product(hopper_library: Path) -> None:
+    """In the loop's order: scores are waited for, exponentials, then the product with values."""
+    found = functions(hopper_library, "prefill_kernel")
+    checked = 0
+    for name, code in found.items():
+        if "sm90" in name:
+            between = code.split("WARPGROUP.DEPBAR.LE gsb0, 0x1")[1].split("WARPGROUP.DEPBAR")[0]
+            assert between.count("MUFU.EX2") >= 64, name
+            checked += 1
+    assert checked == 4
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_products_are_asynchronous(head_dim: int, tmp_path: Path) -> None:
+    """ptxas says so when it has to make wgmma wait, and goes on."""
+    tools = build.find_tools()
+    command = [
+        tools.nvcc, "-std=c++17", "-O3", "--use_fast_math", "-ccbin", tools.compiler,
+        "-Xptxas", "-v", "-gencode", "arch=compute_90a,code=sm_90a",
+        "-DSPARSEK_DTYPE=__nv_bfloat16", f"-DSPARSEK_HEAD_DIM={head_dim}",
+        "-c", build.sources() / "sm90/prefill.cu", "-o", tmp_path / "o",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "registers" in done.stderr and "erialized" not in done.stderr, done.stderr
 
 
 def test_hopper_kernels_are_for_hopper_alone(hopper_library: Path) -> None:

@@ -31,9 +31,23 @@ __device__ inline void mbarrier_arrive_times(uint64_t* barrier, int count) {
                "r"(count)
                : "memory");
 }
-// Returns once the phase of that parity is complete, and what was written before its arrivals,
-// by this cluster, is seen.
+// Returns once the phase of that parity is complete, and what was written before its arrivals is
+// seen.
 __device__ inline void mbarrier_wait(uint64_t* barrier, int parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred complete;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 complete, [%0], %1;\n"
+      "@complete bra done;\n"
+      "bra again;\n"
+      "done:\n"
+      "}\n" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+// The same for arrivals from other blocks of the cluster. It empties the L1 cache.
+__device__ inline void mbarrier_wait_for_cluster(uint64_t* barrier, int parity) {
   asm volatile(
       "{\n"
       ".reg .pred complete;\n"
@@ -53,9 +67,13 @@ __device__ inline int cluster_size() {
   asm volatile("mov.u32 %0, %%cluster_nctarank;\n" : "=r"(size));
   return size;
 }
-// All threads of the cluster that have not ended arrive, then wait.
+// All threads of the cluster that have not ended arrive, then wait. The second form tells nothing
+// of what was written before, save by a fence of its own, and costs less.
 __device__ inline void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release.aligned;\n" ::: "memory");
+}
+__device__ inline void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\n" ::: "memory");
 }
 __device__ inline void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;\n" ::: "memory");
@@ -83,6 +101,11 @@ __device__ inline float4 load_remote_4(uint32_t address) {
 }
 __device__ inline void mbarrier_arrive_remote(uint32_t barrier) {
   asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];\n" ::"r"(barrier)
+               : "memory");
+}
+
+__device__ inline void mbarrier_arrive_remote_relaxed(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];\n" ::"r"(barrier)
                : "memory");
 }
 

@@ -33,6 +33,12 @@ __device__ inline void barrier_sync(int barrier) {
   asm volatile("bar.sync %0, %1;\n" ::"r"(barrier), "n"(kThreads) : "memory");
 }
 
+// Counts as arrived there, and goes on.
+template <int kThreads>
+__device__ inline void barrier_arrive(int barrier) {
+  asm volatile("bar.arrive %0, %1;\n" ::"r"(barrier), "n"(kThreads) : "memory");
+}
+
 // What the threads that met this one before have written is seen by the threads that meet one that
 // reads the sum. Returns what was there.
 __device__ inline int add_acquire_release(int* address, int value) {

@@ -31,6 +31,7 @@ struct KeyRange {
 struct Request {
   int index, q_begin, rows, start, end, offset;
 
+  Request() = default;
   __device__ Request(const AttentionParams& p, int b) : index(b) {
     q_begin = p.cu_seqlens_q[b];
     const int queries = p.cu_seqlens_q[b + 1] - q_begin, keys = p.seq_lens[b];
@@ -51,6 +52,27 @@ struct Request {
     return keys(p, query, query);
   }
 };
+
+// First of the prefill kernels' tiles of kRows rows of request b: an upper bound of the tiles
+// before it that needs no sum over the requests, so that a binary search finds a tile's request.
+template <int kRows>
+__device__ inline int first_tile(const AttentionParams& p, int b) {
+  return static_cast<int>(int64_t{p.cu_seqlens_q[b]} * p.group / kRows) + b;
+}
+template <int kRows>
+__device__ inline int request_of_tile(const AttentionParams& p, int tile) {
+  int b = 0;
+  for (int end = p.batch; end - b > 1;) {
+    const int middle = (b + end) / 2;
+    (first_tile<kRows>(p, middle) <= tile ? b : end) = middle;
+  }
+  return b;
+}
+// As many tiles as there can be, of each KV head.
+template <int kRows>
+inline int most_tiles(const AttentionParams& p) {
+  return static_cast<int>(int64_t{p.total_q} * p.group / kRows) + p.batch;
+}
 
 // Where a key of a request lies, and the keys after it up to the next multiple of 16: pages are
 // multiples of 16. The look-up is apart from the address, to be made early. Packed keys are one

@@ -52,7 +52,7 @@ struct Segment {
 };
 
 // A thread block's share of the units, taken segment by segment. All threads of the block make
-// one, together.
+// one, together; they do not always meet there.
 template <int kThreads, int kRows, int kAlignment, bool kEven>
 class Share {
   using Units = RequestUnits<kRows, kAlignment, kEven>;
@@ -66,11 +66,20 @@ class Share {
   __device__ Share(const AttentionParams& p, Scratch& scratch) {
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
 
+    if (kEven && p.batch == 1) {
+      const Units units(p, Request(p, 0));
+      even = units.share > 0;
+      size = even ? units.share : share_of(units.total);
+      take(units.total);
+      request_ = before_ = 0;
+      return;
+    }
     // Each thread sums the units of some consecutive requests; a scan over the threads then tells
     // the total and who holds this block's first unit.
     const int requests_each = (p.batch + kThreads - 1) / kThreads;
     const int b0 = min(p.batch, thread * requests_each), b1 = min(p.batch, b0 + requests_each);
     int own = 0;
+#pragma unroll 1
     for (int b = b0; b < b1; ++b) own += units_of(p, b);
     int inclusive = own;
 #pragma unroll
@@ -86,14 +95,8 @@ class Share {
       if (w < warp) inclusive += scratch.warp_sums[w];
       total += scratch.warp_sums[w];
     }
-    size = (total + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);
-    if (kEven && p.batch == 1) {
-      const int own_share = Units(p, Request(p, 0)).share;
-      even = own_share > 0;
-      if (even) size = own_share;
-    }
-    unit_ = static_cast<int>(blockIdx.x) * size;
-    end_ = min(total, unit_ + size);
+    size = share_of(total);
+    take(total);
     if (empty()) return;
     if (unit_ < inclusive && unit_ >= inclusive - own) {
       int request = b0;
@@ -144,6 +147,14 @@ class Share {
   bool even = false;  // see RequestUnits
 
  private:
+  __device__ static int share_of(int total) {
+    const int blocks = static_cast<int>(gridDim.x);
+    return (total + blocks - 1) / blocks;
+  }
+  __device__ void take(int total) {
+    unit_ = static_cast<int>(blockIdx.x) * size;
+    end_ = min(total, unit_ + size);
+  }
   __device__ static int units_of(const AttentionParams& p, int b) {
     return Units(p, Request(p, b)).total;
   }

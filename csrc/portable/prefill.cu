@@ -49,13 +49,6 @@ __device__ inline uint32_t tile_offset(int row, int chunk) {
   return row * (2 * kHeadDim) + ((chunk ^ (row & 7)) << 4);
 }
 
-// First tile of request b in the grid: an upper bound of the tiles before it that needs no sum
-// over the requests, so that a binary search finds a tile's request.
-template <int kRows>
-__device__ inline int first_tile(const AttentionParams& p, int b) {
-  return static_cast<int>(int64_t{p.cu_seqlens_q[b]} * p.group / kRows) + b;
-}
-
 template <typename T, int kHeadDim, bool kGeneral>
 __global__ void __launch_bounds__(kThreads, kWarps <= 4 ? 2 : 1)
     prefill_kernel(const __grid_constant__ AttentionParams p) {
@@ -77,11 +70,7 @@ __global__ void __launch_bounds__(kThreads, kWarps <= 4 ? 2 : 1)
   // Late tiles first: under a causal mask they are the heaviest.
   const int tile = gridDim.x - 1 - blockIdx.x;
   const int kv_head = blockIdx.y;
-  int b = 0;
-  for (int end = p.batch; end - b > 1;) {
-    const int middle = (b + end) / 2;
-    (first_tile<kBlockM>(p, middle) <= tile ? b : end) = middle;
-  }
+  const int b = request_of_tile<kBlockM>(p, tile);
   const int row0 = (tile - first_tile<kBlockM>(p, b)) * kBlockM;
   const Request request(p, b);
   if (row0 >= request.rows || request.rows <= p.decode_rows) return;
@@ -252,6 +241,7 @@ __global__ void __launch_bounds__(kThreads, kWarps <= 4 ? 2 : 1)
     }
 
     // Online softmax. Row sums stay with their thread until the end.
+    // Lanes look for their rows' maxima together only when a row has to be rescaled.
     float peak[kRowTiles][2];
     bool grown = false;
 #pragma unroll
@@ -262,8 +252,6 @@ __global__ void __launch_bounds__(kThreads, kWarps <= 4 ? 2 : 1)
 #pragma unroll
         for (int n = 0; n < kKeyTiles; ++n)
           x = fmaxf(x, fmaxf(scores[m][n][2 * h], scores[m][n][2 * h + 1]));
-        x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-        x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
         peak[m][h] = x;
         grown |= (x - row_max[m][h]) * exponent_scale > kRescaleSlack;
       }
@@ -273,7 +261,9 @@ __global__ void __launch_bounds__(kThreads, kWarps <= 4 ? 2 : 1)
       for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const float x = fmaxf(row_max[m][h], peak[m][h]);
+          float x = fmaxf(row_max[m][h], peak[m][h]);
+          x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+          x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
           // While a row has seen no key, its sum is 0 and any factor but NaN will do.
           const float factor =
               x == -INFINITY ? 1.0f : exp2_approx((row_max[m][h] - x) * exponent_scale);
@@ -366,7 +356,7 @@ cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
-  const int64_t tiles = int64_t{p.total_q} * p.group / kBlockM<kGeneral> + p.batch;
+  const int tiles = most_tiles<kBlockM<kGeneral>>(p);
   kernel<<<dim3(static_cast<unsigned>(tiles), p.kv_heads), kThreads, bytes, stream>>>(p);
   return cudaGetLastError();
 }

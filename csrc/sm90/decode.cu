@@ -12,11 +12,12 @@
 // The operands of the products are swapped: keys (then the dimensions of V) are the 16 rows of
 // mma.sync m16n8k16 and queries its 8 columns, since a KV head has few. kTiles such tiles of rows
 // are held at once.
+#include <algorithm>
 #include <atomic>
 
 #include "../common/hopper.cuh"
 #include "../common/split.cuh"
-#include "sm90.h"
+#include "tensor_map.h"
 
 namespace sparsek::sm90 {
 namespace {
@@ -25,7 +26,6 @@ constexpr int kGroups = 2, kWarpsOfGroup = 4, kWarps = kGroups * kWarpsOfGroup;
 constexpr int kConsumers = 32 * kWarps, kThreads = kConsumers + 32;
 constexpr int kGroupKeys = kUnitKeys / kWarpsOfGroup;
 static_assert(kGroupKeys == 16);
-constexpr int kChunk = 64;  // elements of a swizzled row of 128 bytes
 constexpr int kRingBytes = 192 * 1024;
 constexpr int kConsumerBarrier = 1;
 
@@ -85,6 +85,7 @@ __device__ void produce(const DecodeParams& d, Share& share, char* ring, uint64_
     };
     const int units = segment.end - segment.begin;
     KeyAddress now = look_up(lane), ahead = look_up(lane + 32);
+#pragma unroll 1
     for (int unit = 0, box = 0; unit < units; ++unit, box += boxes) {
       if (box > 0 && box % 32 == 0) {
         now = ahead;
@@ -96,7 +97,7 @@ __device__ void produce(const DecodeParams& d, Share& share, char* ring, uint64_
       if (lane == 0) mbarrier_arrive_expect(&full[stage], 2 * kBytes);
       __syncwarp();
       if (lane < boxes) {
-        char* k = ring + stage * 2 * kBytes + lane * (kBytes / boxes);
+        char* k = ring + stage * 2 * kBytes + (lane * 2 * kHeadDim << d.box_keys_log2);
         tensor_copy(k, &d.k, &full[stage], 0, token, 0, segment.kv_head, block);
         tensor_copy(k + kBytes, &d.v, &full[stage], 0, token, 0, segment.kv_head, block);
       }
@@ -126,18 +127,17 @@ __global__ void __launch_bounds__(kThreads, 1)
     mbarrier_init(&shared.part_read, 1);
     mbarrier_fence_init();
   }
+  // The barriers are known to all from here on; nothing of this reads what a kernel has written.
   if (cluster_size() > 1) {
     __syncwarp();
-    cluster_arrive();
+    cluster_arrive_relaxed();
+    cluster_wait();
+  } else {
+    __syncthreads();
   }
   wait_for_previous_kernel();
   allow_next_kernel();
-  // Its barriers make the initialised ones known to all threads.
   OwnShare<kTiles> share(p, shared.scratch);
-  if (cluster_size() > 1) {
-    __syncwarp();
-    cluster_wait();
-  }
   if (share.empty()) return;
   if (warp == kWarps) return produce<kHeadDim>(d, share, shared.ring, shared.full, shared.empty);
 
@@ -370,7 +370,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     // Of one request alone a block has one segment: nobody waits for long.
     const int cluster = cluster_size();
     const int first = finish.first_block(), last = finish.last_block();
-    const bool in_cluster = share.even && !finish.whole() && first / cluster == last / cluster;
+    const bool in_cluster = share.even && !finish.whole() && (first ^ last) < cluster;
     if (in_cluster) barrier_sync<kConsumers>(kConsumerBarrier);  // meeting has been read
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
@@ -386,87 +386,65 @@ __global__ void __launch_bounds__(kThreads, 1)
       barrier_sync<kConsumers>(kConsumerBarrier);
       if (static_cast<int>(blockIdx.x) != first) {
         if (thread == 0) {
-          mbarrier_arrive_remote(remote_address(&shared.parts_ready, first % cluster));
+          mbarrier_arrive_remote(remote_address(&shared.parts_ready, first & (cluster - 1)));
           mbarrier_wait(&shared.part_read, 0);
         }
       } else {
         // For itself, and for the blocks of the cluster that have no part of this.
         if (thread == 0) mbarrier_arrive_times(&shared.parts_ready, cluster - (last - first));
-        mbarrier_wait(&shared.parts_ready, 0);
+        mbarrier_wait_for_cluster(&shared.parts_ready, 0);
         const auto load = [&](int block, int i) {
-          return load_remote(remote_address(shared.meeting + i, block % cluster));
+          return load_remote(remote_address(shared.meeting + i, block & (cluster - 1)));
         };
         const auto load_4 = [&](int block, int i) {
-          return load_remote_4(remote_address(shared.meeting + i, block % cluster));
+          return load_remote_4(remote_address(shared.meeting + i, block & (cluster - 1)));
         };
         finish.template add_up<kConsumers>(thread, kConsumerBarrier,
                                            shared.meeting + finish.kPartFloats, load, load_4);
         barrier_sync<kConsumers>(kConsumerBarrier);
-        if (thread < last - first)
-          mbarrier_arrive_remote(remote_address(&shared.part_read, (first + 1 + thread) % cluster));
+        if (thread < last - first) {
+          const int rank = (first + 1 + thread) & (cluster - 1);
+          mbarrier_arrive_remote_relaxed(remote_address(&shared.part_read, rank));
+        }
       }
     }
     barrier_sync<kConsumers>(kConsumerBarrier);  // row_maxima and meeting are free again
   }
 }
 
-using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
-
-// Out of the driver, which the library is not linked with.
-EncodeTiled encode_tiled() {
-  static const EncodeTiled function = [] {
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult result;
-    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found,
-                                                               12000, cudaEnableDefault, &result);
-    return error == cudaSuccess && result == cudaDriverEntryPointSuccess
-               ? reinterpret_cast<EncodeTiled>(found)
-               : nullptr;
-  }();
-  return function;
-}
-
-// Of K or V as [block, head, chunk, token, element of the chunk]: box_keys tokens of a head at a
-// time, one chunk after the other.
-template <typename T, int kHeadDim>
-cudaError_t make_map(CUtensorMap* map, const KVTensor& tensor, int kv_heads, int box_keys) {
-  const EncodeTiled encode = encode_tiled();
-  if (!encode) return cudaErrorNotSupported;
-  constexpr auto type = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                                  : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  constexpr cuuint64_t kChunkBytes = 2 * kChunk;
-  // Where there is one of a kind its stride is never used, but has to be a legal one.
-  const auto bytes = [](int64_t stride) {
-    return stride ? static_cast<cuuint64_t>(2 * stride) : kChunkBytes;
-  };
-  const cuuint64_t sizes[5] = {kChunk, static_cast<cuuint64_t>(tensor.tokens), kHeadDim / kChunk,
-                               static_cast<cuuint64_t>(kv_heads),
-                               static_cast<cuuint64_t>(tensor.blocks)};
-  const cuuint64_t strides[4] = {bytes(tensor.stride_token), kChunkBytes, bytes(tensor.stride_head),
-                                 bytes(tensor.stride_block)};
-  const cuuint32_t box[5] = {kChunk, static_cast<cuuint32_t>(box_keys), kHeadDim / kChunk, 1, 1};
-  const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
-  const CUresult result =
-      encode(map, type, 5, const_cast<void*>(tensor.data), sizes, strides, box, steps,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
-}
-
-// The largest cluster of which so many run at the same time that few multiprocessors are idle.
-int best_cluster(Launch<DecodeParams> launch) {
-  const int multiprocessors = launch.blocks;
-  for (const int size : {16, 8, 4, 2}) {
-    launch.cluster = size;
-    launch.blocks = multiprocessors / size * size;
+// Clusters of 2^i blocks that run at the same time.
+template <int kSizes>
+int active_clusters_of(const Launch<DecodeParams>& launch, int i) {
+  static std::atomic<int> known[64][kSizes];  // for each GPU; one more, 0: not asked yet
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  auto& answer = known[device % 64][i];
+  if (!answer) {
+    Launch<DecodeParams> clustered = launch;
+    clustered.cluster = 1 << i;
+    clustered.blocks = launch.blocks >> i << i;
     int clusters = 0;
-    if (active_clusters(launch, &clusters) != cudaSuccess) {
+    if (active_clusters(clustered, &clusters) != cudaSuccess) {
       cudaGetLastError();  // the GPU has no such clusters
-      continue;
+      clusters = 0;
     }
-    if (clusters * size >= launch.blocks && 4 * launch.blocks >= 3 * multiprocessors) return size;
+    answer = clusters + 1;
   }
-  return 1;
+  return answer - 1;
+}
+
+// For one request, whose `pieces` (KV heads and tiles of rows) are split over as many blocks each:
+// the largest cluster that holds whole pieces and leaves few multiprocessors idle.
+void choose_cluster(Launch<DecodeParams>& launch, int pieces) {
+  constexpr int kSizes = 5;
+  for (int i = kSizes - 1; i > 0; --i) {
+    const int blocks = launch.blocks >> i << i, each = blocks / pieces;
+    if (each < 2 || (1 << i) % each != 0 || 4 * blocks < 3 * launch.blocks) continue;
+    if (active_clusters_of<kSizes>(launch, i) << i < blocks) continue;
+    launch.cluster = 1 << i;
+    launch.blocks = blocks;
+    return;
+  }
 }
 
 template <typename T, int kHeadDim, int kTiles, bool kGeneral>
@@ -488,12 +466,8 @@ cudaError_t launch(const DecodeParams& d, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   Launch<DecodeParams> launch{kernel, multiprocessors, kThreads, sizeof(Memory), 1};
   if (d.attention.batch == 1) {
-    static std::atomic<int> found[64];  // for each GPU; 0: not yet
-    int device = 0;
-    if ((error = cudaGetDevice(&device)) != cudaSuccess) return error;
-    if (!found[device % 64]) found[device % 64] = best_cluster(launch);
-    launch.cluster = found[device % 64];
-    launch.blocks = multiprocessors / launch.cluster * launch.cluster;
+    const int rows = std::max(1, static_cast<int>(d.attention.most_rows));
+    choose_cluster(launch, d.attention.kv_heads * ((rows + 8 * kTiles - 1) / (8 * kTiles)));
   }
   return launch_overlapping(launch, d, stream);
 }
@@ -504,11 +478,12 @@ template <typename T, int kHeadDim>
 cudaError_t decode(const AttentionParams& p, cudaStream_t stream) {
   DecodeParams d{};
   d.attention = p;
-  // A box lies within a page.
-  d.box_keys = p.k.tokens % 64 == 0 || !p.block_table ? 64 : p.k.tokens % 32 == 0 ? 32 : 16;
-  d.box_keys_log2 = d.box_keys == 64 ? 6 : d.box_keys == 32 ? 5 : 4;
-  cudaError_t error = make_map<T, kHeadDim>(&d.k, p.k, p.kv_heads, d.box_keys);
-  if (error == cudaSuccess) error = make_map<T, kHeadDim>(&d.v, p.v, p.kv_heads, d.box_keys);
+  d.box_keys = box_keys(p, kUnitKeys);
+  while (1 << d.box_keys_log2 < d.box_keys) ++d.box_keys_log2;
+  constexpr int kChunks = kHeadDim / kChunk;
+  cudaError_t error = make_tensor_map<T, kHeadDim>(&d.k, p.k, p.kv_heads, d.box_keys, kChunks);
+  if (error == cudaSuccess)
+    error = make_tensor_map<T, kHeadDim>(&d.v, p.v, p.kv_heads, d.box_keys, kChunks);
   if (error != cudaSuccess) return error;
   // Softcap and bias take the registers that a second tile would need.
   if (p.softcap > 0 || p.bias) return launch<T, kHeadDim, 1, true>(d, stream);

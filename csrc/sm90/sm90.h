@@ -6,15 +6,20 @@
 
 namespace sparsek::sm90 {
 
-// Whether the tensor memory accelerator can read keys or values with these strides: below 2^40
-// bytes, and none of 0 where there is more than one of a kind.
+// Whether the tensor memory accelerator can read keys or values: there are some, and strides are
+// below 2^40 bytes, none of them 0 where there is more than one of a kind.
 inline bool has_tensor_map(const KVTensor& tensor, int kv_heads) {
   const auto fits = [](int64_t size, int64_t stride) {
-    return size <= 1 || (stride > 0 && stride < int64_t{1} << 39);
+    return size == 1 || (size > 1 && stride > 0 && stride < int64_t{1} << 39);
   };
   return fits(tensor.tokens, tensor.stride_token) && fits(kv_heads, tensor.stride_head) &&
          fits(tensor.blocks, tensor.stride_block);
 }
+
+// Requests of more than params.decode_rows rows, where both k and v have a tensor map; without
+// softcap and bias.
+template <typename T, int kHeadDim>
+cudaError_t prefill(const AttentionParams& params, cudaStream_t stream);
 
 // Requests of at most params.decode_rows rows, where both k and v have a tensor map.
 template <typename T, int kHeadDim>

@@ -280,7 +280,7 @@ def objects(variant: Variant, archs: Sequence[str]) -> Iterator[Object]:
     kernels = [("portable/prefill", gencode), ("portable/decode", gencode)]
     hopper = variant.hopper and "90" in archs
     if hopper:
-        kernels.append(("sm90/decode", _NATIVE_GENCODE["90"]))
+        kernels += [(f"sm90/{kernel}", _NATIVE_GENCODE["90"]) for kernel in ("prefill", "decode")]
     for kernel, code in kernels:
         for dtype in ("__half", "__nv_bfloat16"):
             for head_dim in (64, 128):

@@ -42,7 +42,7 @@ class Config:
         auto_detect_arch: take the architecture of the GPU instead, where there is one.
         kernels: ``"portable"``, ``"hopper"`` (Hopper's own where there is one, portable ones for
             the rest), or ``"auto"``: the quickest that has been measured on such a GPU. That is
-            portable: Hopper's decode kernel has run in emulation only, and has to be asked for.
+            portable: Hopper's own kernels have run in emulation only, and have to be asked for.
         block_m: query rows of a tile.
         block_n: key rows of a tile.
         num_stages: K/V tiles in flight.

@@ -172,7 +172,7 @@ def workspace(device: torch.device) -> torch.Tensor | None:
             )
         return shared
     blocks = DECODE_BLOCKS * torch.cuda.get_device_properties(device).multi_processor_count
-    size = blocks * (DECODE_FLOATS + 1) + 4
+    size = blocks * (DECODE_FLOATS + 1) + 8
     _workspaces[key] = torch.zeros(size, dtype=torch.float32, device=device)
     return _workspaces[key]
 

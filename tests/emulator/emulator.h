@@ -18,6 +18,7 @@
 #include <deque>
 #include <functional>
 #include <map>
+#include <memory>
 #include <numeric>
 #include <random>
 #include <vector>
@@ -66,12 +67,12 @@ struct Thread {
   Block* block = nullptr;
   Warp* warp = nullptr;
   int lane = 0;
-  bool done = false;
+  bool done = false, paused = false;
   const Barrier* waits_for = nullptr;
   uint64_t waits_round = 0;
   std::deque<std::vector<Copy>> copies{{}};  // committed groups, then the open one
+  std::deque<std::vector<std::function<void()>>> products{{}};  // of wgmma, likewise
   jmp_buf at;
-  std::vector<char> stack;
 };
 
 // An mbarrier: a phase ends when its arrivals and the bytes that they expect have come.
@@ -107,6 +108,7 @@ inline jmp_buf scheduler;
 inline size_t shared_bytes = 0;  // that the running kernel asked for
 inline const std::function<void()>* body = nullptr;
 inline std::mt19937 random_numbers{1};
+inline uint64_t shared_version = 0;  // changes with the tiles in shared memory
 
 inline char* dynamic_shared() { return current->block->shared; }
 
@@ -147,6 +149,13 @@ inline void wait(const Phases& phases, int parity) {
   }
 }
 
+// Goes on when nothing else can, or at once: what the hardware does meanwhile is not known.
+inline void pause() {
+  if (random_numbers() % 4) return;
+  current->paused = true;
+  if (!_setjmp(current->at)) _longjmp(scheduler, 1);
+}
+
 // Copies that nobody waits for yet come in any order, at any time.
 inline void make_a_copy() {
   auto& copies = cluster.copies;
@@ -154,6 +163,7 @@ inline void make_a_copy() {
   const auto copy = std::move(copies.back());
   copies.pop_back();
   copy();
+  ++shared_version;
 }
 
 // Every lane shows `mine`, and sees what the others show.
@@ -187,11 +197,13 @@ inline void run_fiber() {
   _longjmp(scheduler, 1);
 }
 
-inline void start(Thread& thread) {
+inline void start(size_t thread) {
+  static std::vector<std::unique_ptr<char[]>> stacks;  // kept: launches are many and small
+  while (stacks.size() <= thread) stacks.emplace_back(new char[kStackBytes]);
   static ucontext_t returns, context;
   getcontext(&context);
-  context.uc_stack.ss_sp = thread.stack.data();
-  context.uc_stack.ss_size = thread.stack.size();
+  context.uc_stack.ss_sp = stacks[thread].get();
+  context.uc_stack.ss_size = kStackBytes;
   context.uc_link = nullptr;
   makecontext(&context, run_fiber, 0);
   swapcontext(&returns, &context);  // comes back through `scheduler`
@@ -205,6 +217,7 @@ inline void run_cluster(std::vector<Thread>& threads, std::vector<Warp>& warps) 
     block.alive = block.threads;
     for (Barrier& named : block.named) named = {};
   }
+  ++shared_version;
   cluster.phases.clear();
   cluster.barrier = {count};
   cluster.alive = count;
@@ -216,10 +229,10 @@ inline void run_cluster(std::vector<Thread>& threads, std::vector<Warp>& warps) 
     thread.thread_idx = {static_cast<unsigned>(i) % thread.block->threads, 0, 0};
     thread.warp = &warps[i / 32];
     thread.lane = i % 32;
-    thread.done = false;
+    thread.done = thread.paused = false;
     thread.waits_for = nullptr;
     thread.copies.assign(1, {});
-    thread.stack.resize(kStackBytes);
+    thread.products.assign(1, {});
   }
   std::vector<int> ready;
   while (cluster.alive > 0) {
@@ -227,21 +240,27 @@ inline void run_cluster(std::vector<Thread>& threads, std::vector<Warp>& warps) 
     for (int i = 0; i < count; ++i) {
       const Thread& t = threads[i];
       const bool blocked = t.waits_for && t.waits_for->round == t.waits_round;
-      if (!t.done && !blocked) ready.push_back(i);
+      if (!t.done && !t.paused && !blocked) ready.push_back(i);
     }
     if (!cluster.copies.empty() && (ready.empty() || random_numbers() % 64 == 0)) {
       make_a_copy();
       continue;
     }
-    if (ready.empty()) fail("deadlock: all threads wait");
+    if (ready.empty()) {
+      for (int i = 0; i < count; ++i)
+        if (!threads[i].done && threads[i].paused) ready.push_back(i);
+      if (ready.empty()) fail("deadlock: all threads wait");
+      ready = {ready[random_numbers() % ready.size()]};
+    }
     std::shuffle(ready.begin(), ready.end(), random_numbers);
     for (const int i : ready) {
       current = &threads[i];
       if (!_setjmp(scheduler)) {
         current->waits_for = nullptr;
+        current->paused = false;
         if (started[i]) _longjmp(current->at, 1);
         started[i] = 1;
-        start(*current);
+        start(static_cast<size_t>(i));
       }
       if (current->done) {
         --cluster.alive;

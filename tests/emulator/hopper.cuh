@@ -74,6 +74,7 @@ inline void prefetch_tensor_map(const CUtensorMap*) {}
 inline int cluster_size() { return static_cast<int>(emulator::cluster.blocks.size()); }
 // In one step: who has arrived waits at once.
 inline void cluster_arrive() { emulator::wait(emulator::cluster.barrier); }
+inline void cluster_arrive_relaxed() { cluster_arrive(); }
 inline void cluster_wait() {}
 inline uint32_t remote_address(const void* pointer, int rank) {
   return shared_address(pointer) | static_cast<uint32_t>(rank + 1) << 24;
@@ -86,6 +87,11 @@ inline float4 load_remote_4(uint32_t address) {
 }
 inline void mbarrier_arrive_remote(uint32_t barrier) {
   mbarrier_arrive(reinterpret_cast<uint64_t*>(emulator::at_shared(barrier, 8)));
+}
+
+inline void mbarrier_arrive_remote_relaxed(uint32_t barrier) { mbarrier_arrive_remote(barrier); }
+inline void mbarrier_wait_for_cluster(uint64_t* barrier, int parity) {
+  mbarrier_wait(barrier, parity);
 }
 
 inline void wait_for_previous_kernel() {}

@@ -26,11 +26,23 @@ inline void copy_async_wait() {
 }
 
 template <int kThreads>
-inline void barrier_sync(int barrier) {
+inline emulator::Barrier& named_barrier(int barrier) {
   auto& named = emulator::current->block->named[barrier];
   if (named.arrived == 0) named.expected = kThreads;
   if (named.expected != kThreads) emulator::fail("threads disagree on who meets at a barrier");
-  emulator::wait(named);
+  return named;
+}
+template <int kThreads>
+inline void barrier_sync(int barrier) {
+  emulator::wait(named_barrier<kThreads>(barrier));
+}
+template <int kThreads>
+inline void barrier_arrive(int barrier) {
+  auto& named = named_barrier<kThreads>(barrier);
+  if (++named.arrived == named.expected) {
+    named.arrived = 0;
+    ++named.round;
+  }
 }
 
 inline int add_acquire_release(int* address, int value) { return atomicAdd(address, value); }

@@ -16,6 +16,7 @@ from typing import Any
 import encoder
 import pytest
 import torch
+from target import PATH
 
 pytest.importorskip("vllm")
 
@@ -73,7 +74,7 @@ def run(model: Path, settings: dict[str, Any], action: str = "", **environment: 
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
     assert lines, done.stdout[-3000:] + done.stderr[-6000:]
     result = json.loads(lines[0].removeprefix("RESULT"))
-    assert set(result["paths"]) == {"varlen_attention:portable", "write_kv:portable"}
+    assert set(result["paths"]) == {f"varlen_attention:{PATH}", f"write_kv:{PATH}"}
     return result["answers"]
 
 
@@ -126,5 +127,5 @@ def test_embeddings_of_an_encoder(model: Path, tmp_path: Path) -> None:
     got, expected, counts = encoder.embeddings(
         model, tmp_path, dtype="float16", gpu_memory_utilization=0.1
     )
-    assert list(counts) == ["varlen_attention:portable"]
+    assert list(counts) == [f"varlen_attention:{PATH}"]
     torch.testing.assert_close(got, expected, rtol=0, atol=2e-3)

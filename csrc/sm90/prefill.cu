@@ -1,0 +1,474 @@
+// Attention of many queries a request on Hopper: wgmma, with K and V brought by the tensor memory
+// accelerator (TMA). After FlashAttention-3 (https://arxiv.org/abs/2407.08608): warps that load and
+// warpgroups that compute, a warpgroup's softmax under its own product with V and under the other
+// warpgroups' products.
+//
+// One thread block a multiprocessor takes tile after tile from a counter: kBlockM rows of one KV
+// head (queries and heads of the group, packed), a warpgroup 64 of them. Keys come in tiles of
+// kBlockN, the last first: that is where masks are. The loading warps (one for keys, one for
+// values, two for queries) run ahead into the next tile.
+#include "../common/hopper.cuh"
+#include "../common/request.cuh"
+#include "../common/wgmma.cuh"
+#include "tensor_map.h"
+
+namespace sparsek::sm90 {
+namespace {
+
+constexpr int kBlockN = 128;
+constexpr int kChunkBytes = 2 * kChunk;  // a row of a chunk
+constexpr int kEnd = -1;                 // in place of a request: there are no more tiles
+
+// Exponentials may grow to 2^8 before rows are rescaled. Idea: FlashAttention-4.
+constexpr float kRescaleSlack = 8.0f;
+
+enum Barrier : int { kTileTaken = 1, kFirstTurn = 2 };
+
+// Rows of a head_dim of 64 are cheap, so there are more of them.
+template <int kHeadDim>
+struct Shape {
+  static constexpr int kGroups = kHeadDim == 64 ? 3 : 2;  // warpgroups that compute
+  static constexpr int kBlockM = 64 * kGroups, kThreads = 128 * (kGroups + 1);
+  static constexpr int kStages = kHeadDim == 64 ? 4 : 2, kChunks = kHeadDim / kChunk;
+  static constexpr int kTileBytes = 2 * kHeadDim * kBlockN;
+  static constexpr int kLoaderRegisters = kGroups == 3 ? 32 : 40;
+  static constexpr int kComputeRegisters = kGroups == 3 ? 160 : 232;
+  static_assert(128 * (kLoaderRegisters + kGroups * kComputeRegisters) <= 64 * 1024);
+};
+
+// Rows of queries and the keys that they need.
+struct Tile {
+  Request request;  // its index is kEnd behind the last tile
+  int kv_head, row0;
+  KeyRange keys;    // that any row sees
+  KeyRange common;  // that every row sees
+  int key0;         // a multiple of kBlockN
+  int key_tiles;
+};
+
+template <int kHeadDim>
+struct Shared {
+  using S = Shape<kHeadDim>;
+  char q[2][2 * kHeadDim * S::kBlockM];
+  char k[S::kStages][S::kTileBytes], v[S::kStages][S::kTileBytes];
+  uint64_t tile_full[2], q_full[2], q_empty[2];
+  uint64_t k_full[S::kStages], k_empty[S::kStages], v_full[S::kStages], v_empty[S::kStages];
+  uint64_t landed;  // values that are not ready for use
+  Tile tiles[2];    // whose rows are in q
+};
+
+struct PrefillParams {
+  CUtensorMap k, v;
+  AttentionParams attention;
+  int box_keys;
+  int tiles;  // of each KV head, at most
+};
+
+// Place in a ring.
+template <int kSize>
+struct Place {
+  int index = 0, phase = 0;
+  __device__ void advance() {
+    if (++index == kSize) index = 0, phase ^= 1;
+  }
+};
+
+// False: the rows do not exist, or are the decode kernel's.
+template <int kBlockM>
+__device__ bool find_tile(const AttentionParams& p, int tile, int kv_head, Tile& found) {
+  const int b = request_of_tile<kBlockM>(p, tile);
+  const int row0 = (tile - first_tile<kBlockM>(p, b)) * kBlockM;
+  const Request request(p, b);
+  if (row0 >= request.rows || request.rows <= p.decode_rows) return false;
+  const int first = p.group_divisor(row0);
+  const int last = p.group_divisor(min(row0 + kBlockM, request.rows) - 1);
+  found.request = request;
+  found.kv_head = kv_head;
+  found.row0 = row0;
+  found.keys = request.keys(p, first, last);
+  found.common = {request.keys(p, last).begin, request.keys(p, first).end};
+  found.key0 = found.keys.begin & ~(kBlockN - 1);
+  found.key_tiles = max(0, (found.keys.end - found.key0 + kBlockN - 1) / kBlockN);
+  if (found.keys.begin >= found.keys.end) found.key_tiles = 0;
+  return true;
+}
+
+// A ring of tiles of keys or of values, and the warp that fills it.
+template <int kHeadDim, bool kValues>
+struct Loader {
+  using S = Shape<kHeadDim>;
+
+  const PrefillParams& d;
+  Shared<kHeadDim>& shared;
+  Place<S::kStages> place;
+  int landed_phase = 0;
+
+  __device__ Loader(const PrefillParams& d, Shared<kHeadDim>& shared) : d(d), shared(shared) {}
+
+  __device__ void load(const Tile& tile) {
+    const AttentionParams& p = d.attention;
+    const CUtensorMap* map = kValues ? &d.v : &d.k;
+    const int lane = threadIdx.x % 32;
+    // A lane brings one chunk of one box.
+    const int chunk = lane % S::kChunks, row = lane / S::kChunks * d.box_keys;
+    const int offset = chunk * (kBlockN * kChunkBytes) + row * kChunkBytes;
+    const KeyRange keys = tile.keys;
+    // Boxes without a visible key lie outside of the tensor, whatever the block table says there.
+    const auto look_up = [&](int key) -> KeyAddress {
+      KeyAddress address;
+      address.block = static_cast<int>(p.k.blocks);
+      address.token = 0;
+      if (row < kBlockN && key < keys.end && key + d.box_keys > keys.begin)
+        address = KeyAddress(p, tile.request.index, key);
+      return address;
+    };
+    int key0 = tile.key0 + (tile.key_tiles - 1) * kBlockN;
+    KeyAddress next = look_up(key0 + row);
+    for (int left = tile.key_tiles; left > 0; --left, key0 -= kBlockN) {
+      const KeyAddress address = next;
+      if (left > 1) next = look_up(key0 - kBlockN + row);
+      const int stage = place.index;
+      uint64_t* full = kValues ? &shared.v_full[stage] : &shared.k_full[stage];
+      // Values of keys that no row sees can be NaN, which a weight of 0 does not cancel.
+      const int in_box = d.box_keys - 1, end = keys.end;
+      const bool unseen = kValues && ((key0 < keys.begin && (keys.begin & in_box) != 0) ||
+                                      (key0 + kBlockN > end && (end & in_box) != 0));
+      mbarrier_wait(kValues ? &shared.v_empty[stage] : &shared.k_empty[stage], place.phase ^ 1);
+      uint64_t* arrival = unseen ? &shared.landed : full;
+      if (lane == 0) mbarrier_arrive_expect(arrival, S::kTileBytes);
+      __syncwarp();
+      if (row < kBlockN) {
+        tensor_copy((kValues ? shared.v : shared.k)[stage] + offset, map, arrival, 0, address.token,
+                    chunk, tile.kv_head, address.block);
+      }
+      if (unseen) {
+        mbarrier_wait(&shared.landed, landed_phase);
+        landed_phase ^= 1;
+        for (int r = lane / 8; r < kBlockN * S::kChunks; r += 4) {
+          const int key = key0 + r % kBlockN;
+          if (key >= keys.begin && key < end) continue;
+          *reinterpret_cast<uint4*>(shared.v[stage] + r * kChunkBytes + lane % 8 * 16) = uint4{};
+        }
+        fence_for_async();
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(full);
+      }
+      place.advance();
+    }
+  }
+
+  // All tiles of the block.
+  __device__ void run() {
+    for (Place<2> tiles;; tiles.advance()) {
+      mbarrier_wait(&shared.tile_full[tiles.index], tiles.phase);
+      const Tile& tile = shared.tiles[tiles.index];
+      if (tile.request.index == kEnd) return;
+      load(tile);
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) mbarrier_arrive(&shared.q_empty[tiles.index]);
+    }
+  }
+};
+
+// The two warps that take tiles and bring their queries.
+template <typename T, int kHeadDim>
+__device__ void load_queries(const PrefillParams& d, Shared<kHeadDim>& shared, int thread) {
+  using S = Shape<kHeadDim>;
+  constexpr int kPieces = kHeadDim / 8;  // of 16 bytes, a row
+  const AttentionParams& p = d.attention;
+  const int total = d.tiles * p.kv_heads;
+  for (Place<2> tiles;; tiles.advance()) {
+    Tile& tile = shared.tiles[tiles.index];
+    if (thread == 0) {
+      mbarrier_wait(&shared.q_empty[tiles.index], tiles.phase ^ 1);
+      for (;;) {
+        const int id = atomicAdd(p.tile_counters, 1);
+        tile.request.index = kEnd;
+        if (id >= total) break;
+        // Late tiles first: under a causal mask they are the heaviest.
+        const int kv_head = id / d.tiles, index = d.tiles - 1 - (id - kv_head * d.tiles);
+        if (find_tile<S::kBlockM>(p, index, kv_head, tile)) break;
+      }
+      mbarrier_arrive(&shared.tile_full[tiles.index]);
+    }
+    barrier_sync<64>(kTileTaken);
+    const int q_begin = tile.request.q_begin, rows = tile.request.rows, row0 = tile.row0;
+    const int first_head = tile.kv_head * p.group;
+    const bool end = tile.request.index == kEnd;
+    if (!end) {
+      const uint32_t q = shared_address(shared.q[tiles.index]);
+#pragma unroll 2
+      for (int i = thread; i < S::kBlockM * kPieces; i += 64) {
+        const int row = i / kPieces, piece = i % kPieces, r = min(row0 + row, rows - 1);
+        const int query = p.group_divisor(r), head = first_head + r - query * p.group;
+        const T* source = static_cast<const T*>(p.q) +
+                          (int64_t{q_begin} + query) * p.q_stride_token + head * p.q_stride_head +
+                          8 * piece;
+        copy_async_16(q + (piece / 8 * S::kBlockM + row) * kChunkBytes + ((piece ^ row) % 8 << 4),
+                      source, true);
+      }
+      copy_async_commit();
+      copy_async_wait<0>();
+      fence_for_async();
+    }
+    __syncwarp();
+    if (thread % 32 == 0) mbarrier_arrive(&shared.q_full[tiles.index]);
+    if (end) break;
+  }
+  // The last block leaves the counters as it found them.
+  if (thread == 0 && atomicAdd(p.tile_counters + 1, 1) == static_cast<int>(gridDim.x) - 1)
+    p.tile_counters[0] = p.tile_counters[1] = 0;
+}
+
+template <typename T, int kHeadDim>
+__device__ void compute(const PrefillParams& d, Shared<kHeadDim>& shared, int group) {
+  using S = Shape<kHeadDim>;
+  constexpr int kSteps = kHeadDim / 16, kKeySteps = kBlockN / 16;
+  const AttentionParams& p = d.attention;
+  const int lane = threadIdx.x % 32;
+  const int group_row = 64 * group, warp_row = threadIdx.x % 128 / 32 * 16;
+  const auto wait_for_turn = [&] { barrier_sync<256>(kFirstTurn + group); };
+  const auto pass_turn = [&] {
+    barrier_arrive<256>(kFirstTurn + (group + 1 == S::kGroups ? 0 : group + 1));
+  };
+  const auto release = [&](uint64_t* barrier) {
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(barrier);
+  };
+  if (group == S::kGroups - 1) pass_turn();
+
+  Place<S::kStages> k_place, v_place;
+  for (Place<2> q_place;; q_place.advance()) {
+    mbarrier_wait(&shared.q_full[q_place.index], q_place.phase);
+    const Tile& tile = shared.tiles[q_place.index];
+    const int key_tiles = tile.key_tiles;
+    if (tile.request.index == kEnd) return;
+
+    const uint64_t q =
+        matrix_descriptor(shared_address(shared.q[q_place.index]) + group_row * kChunkBytes);
+    float out[kHeadDim / 2] = {};
+    float scores[kBlockN / 2];
+    uint32_t weights[kKeySteps][4];
+    float row_max[2] = {-INFINITY, -INFINITY}, row_sum[2] = {}, factor[2];
+    bool rescale = false;
+
+    const auto issue_scores = [&] {
+      const uint64_t k = matrix_descriptor(shared_address(shared.k[k_place.index]));
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        const int chunk = step / 4, within = step % 4 * 32;
+        wgmma_scores<T>(scores, at_offset(q, chunk * (S::kBlockM * kChunkBytes) + within),
+                        at_offset(k, chunk * (kBlockN * kChunkBytes) + within), step > 0);
+      }
+      wgmma_commit();
+    };
+    const auto issue_values = [&] {
+      const uint64_t v =
+          matrix_descriptor(shared_address(shared.v[v_place.index]), kBlockN * kChunkBytes);
+#pragma unroll
+      for (int step = 0; step < kKeySteps; ++step)
+        wgmma_values<T>(out, weights[step], at_offset(v, step * 16 * kChunkBytes));
+      wgmma_commit();
+    };
+    // Scores become weights, in place; `factor` then is for the sums so far.
+    const auto softmax = [&](int key0) {
+      const KeyRange common = tile.common;
+      if (key0 < common.begin || key0 + kBlockN > common.end) {
+        const Request& request = tile.request;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int row = tile.row0 + group_row + warp_row + lane / 4 + 8 * h;
+          const KeyRange visible = request.keys(p, p.group_divisor(min(row, request.rows - 1)));
+#pragma unroll
+          for (int i = 0; i < kBlockN / 4; ++i) {
+            const int key = key0 + i / 2 * 8 + lane % 4 * 2 + i % 2;
+            // By selection: adding -inf would keep a NaN.
+            if (key < visible.begin || key >= visible.end)
+              scores[i / 2 * 4 + 2 * h + i % 2] = -INFINITY;
+          }
+        }
+      }
+      float peak[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+      for (int i = 0; i < kBlockN / 2; ++i) peak[i / 2 % 2] = fmaxf(peak[i / 2 % 2], scores[i]);
+      const bool grown = (peak[0] - row_max[0]) * p.scale_log2e > kRescaleSlack ||
+                         (peak[1] - row_max[1]) * p.scale_log2e > kRescaleSlack;
+      rescale = __any_sync(~0u, grown);
+      if (rescale) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          float x = fmaxf(peak[h], row_max[h]);
+          x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+          x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+          // While a row has seen no key, its sum is 0 and any factor but NaN will do.
+          factor[h] = x == -INFINITY ? 1.0f : exp2_approx((row_max[h] - x) * p.scale_log2e);
+          row_max[h] = x;
+          row_sum[h] *= factor[h];
+        }
+      }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float peak_or_0 = row_max[h] == -INFINITY ? 0.0f : row_max[h];
+        const Exponential<false> exponential(peak_or_0, p.scale_log2e);
+#pragma unroll
+        for (int i = 0; i < kBlockN / 4; ++i) {
+          float& score = scores[i / 2 * 4 + 2 * h + i % 2];
+          score = exponential(score);
+          row_sum[h] += score;
+        }
+      }
+    };
+    const auto pack_weights = [&] {
+#pragma unroll
+      for (int step = 0; step < kKeySteps; ++step) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          weights[step][j] = pack<T>(scores[8 * step + 2 * j], scores[8 * step + 2 * j + 1]);
+      }
+    };
+
+    if (key_tiles > 0) {
+      int key0 = tile.key0 + (key_tiles - 1) * kBlockN;
+      mbarrier_wait(&shared.k_full[k_place.index], k_place.phase);
+      wait_for_turn();
+      wgmma_fence();
+      issue_scores();
+      pass_turn();
+      wgmma_wait<0>();
+      after_wait(scores);
+      release(&shared.k_empty[k_place.index]);
+      k_place.advance();
+      softmax(key0);
+      pack_weights();
+#pragma unroll 1
+      for (int i = 1; i < key_tiles; ++i) {
+        key0 -= kBlockN;
+        mbarrier_wait(&shared.k_full[k_place.index], k_place.phase);
+        wait_for_turn();
+        wgmma_fence();
+        issue_scores();
+        mbarrier_wait(&shared.v_full[v_place.index], v_place.phase);
+        wgmma_fence();
+        issue_values();
+        pass_turn();
+        wgmma_wait<1>();
+        after_wait(scores);
+        release(&shared.k_empty[k_place.index]);
+        k_place.advance();
+        softmax(key0);
+        before_wait(row_sum[0] + row_sum[1]);
+        wgmma_wait<0>();
+        after_wait(out);
+        release(&shared.v_empty[v_place.index]);
+        v_place.advance();
+        if (rescale) {
+#pragma unroll
+          for (int j = 0; j < kHeadDim / 2; ++j) out[j] *= factor[j / 2 % 2];
+        }
+        pack_weights();
+      }
+    }
+    const int rows = tile.request.rows, q_begin = tile.request.q_begin, kv_head = tile.kv_head;
+    const int first_row = tile.row0 + group_row + warp_row + lane / 4;
+    release(&shared.q_empty[q_place.index]);
+    if (key_tiles > 0) {
+      mbarrier_wait(&shared.v_full[v_place.index], v_place.phase);
+      wgmma_fence();
+      issue_values();
+      wgmma_wait<0>();
+      after_wait(out);
+      release(&shared.v_empty[v_place.index]);
+      v_place.advance();
+    }
+
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float sum = row_sum[h];
+      sum += __shfl_xor_sync(~0u, sum, 1);
+      sum += __shfl_xor_sync(~0u, sum, 2);
+      const int row = first_row + 8 * h;
+      if (row >= rows) continue;
+      const int query = p.group_divisor(row), head = kv_head * p.group + row - query * p.group;
+      const int64_t token = int64_t{q_begin} + query;
+      const RowState state = finish_row(p, row_max[h] * p.scale, sum, head);
+      T* destination = static_cast<T*>(p.out) + token * p.out_stride_token +
+                       head * p.out_stride_head + 2 * (lane % 4);
+#pragma unroll
+      for (int n = 0; n < kHeadDim / 8; ++n) {
+        *reinterpret_cast<uint32_t*>(destination + 8 * n) =
+            pack<T>(out[4 * n + 2 * h] * state.factor, out[4 * n + 2 * h + 1] * state.factor);
+      }
+      if (p.lse && lane % 4 == 0) p.lse[head * p.lse_stride_head + token] = state.lse;
+    }
+  }
+}
+
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(Shape<kHeadDim>::kThreads, 1)
+    prefill_kernel(const __grid_constant__ PrefillParams d) {
+  using S = Shape<kHeadDim>;
+  extern __shared__ __align__(1024) char dynamic[];
+  auto& shared = *reinterpret_cast<Shared<kHeadDim>*>(dynamic);
+  if (threadIdx.x == 0) {
+    prefetch_tensor_map(&d.k);
+    prefetch_tensor_map(&d.v);
+    constexpr int kWarps = 4 * S::kGroups;  // that compute
+    for (int i = 0; i < 2; ++i) {
+      mbarrier_init(&shared.tile_full[i], 1);
+      mbarrier_init(&shared.q_full[i], 2);            // of the warps that bring queries
+      mbarrier_init(&shared.q_empty[i], kWarps + 2);  // and those of keys and values
+    }
+    for (int i = 0; i < S::kStages; ++i) {
+      mbarrier_init(&shared.k_full[i], 1);
+      mbarrier_init(&shared.k_empty[i], kWarps);
+      mbarrier_init(&shared.v_full[i], 1);
+      mbarrier_init(&shared.v_empty[i], kWarps);
+    }
+    mbarrier_init(&shared.landed, 1);
+    mbarrier_fence_init();
+  }
+  __syncthreads();
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);
+  if (warpgroup == 0) {
+    give_registers_back<S::kLoaderRegisters>();
+    const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
+    if (warp == 0) {
+      Loader<kHeadDim, false>(d, shared).run();
+    } else if (warp == 1) {
+      Loader<kHeadDim, true>(d, shared).run();
+    } else {
+      load_queries<T, kHeadDim>(d, shared, threadIdx.x - 64);
+    }
+  } else {
+    take_registers<S::kComputeRegisters>();
+    compute<T, kHeadDim>(d, shared, warpgroup - 1);
+  }
+}
+
+}  // namespace
+
+template <typename T, int kHeadDim>
+cudaError_t prefill(const AttentionParams& p, cudaStream_t stream) {
+  using S = Shape<kHeadDim>;
+  PrefillParams d{};
+  d.attention = p;
+  d.box_keys = box_keys(p, kBlockN);
+  d.tiles = most_tiles<S::kBlockM>(p);
+  cudaError_t error = make_tensor_map<T, kHeadDim>(&d.k, p.k, p.kv_heads, d.box_keys, 1);
+  if (error == cudaSuccess)
+    error = make_tensor_map<T, kHeadDim>(&d.v, p.v, p.kv_heads, d.box_keys, 1);
+  if (error != cudaSuccess) return error;
+  constexpr int kBytes = sizeof(Shared<kHeadDim>);
+  static_assert(kBytes <= 227 * 1024);
+  const auto kernel = prefill_kernel<T, kHeadDim>;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (error != cudaSuccess) return error;
+  const Launch<PrefillParams> launch{kernel, p.multiprocessors, S::kThreads, kBytes, 1};
+  return launch_overlapping(launch, d, stream);
+}
+
+template cudaError_t prefill<SPARSEK_DTYPE, SPARSEK_HEAD_DIM>(const AttentionParams&, cudaStream_t);
+
+}  // namespace sparsek::sm90

@@ -1,0 +1,67 @@
+// How the tensor memory accelerator reads K and V.
+#pragma once
+#include <cuda.h>
+#include <cuda_fp16.h>
+
+#include <type_traits>
+
+#include "sm90.h"
+
+namespace sparsek::sm90 {
+
+constexpr int kChunk = 64;  // elements of a swizzled row of 128 bytes
+
+// Keys of a box, which lies within a page: at most `most`, a power of two.
+inline int box_keys(const AttentionParams& p, int most) {
+  if (!p.block_table) return most;
+  int keys = 16;  // which divides every page
+  while (keys < most && p.k.tokens % (2 * keys) == 0) keys *= 2;
+  return keys;
+}
+
+using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
+
+// Out of the driver, which the library is not linked with.
+inline EncodeTiled encode_tiled() {
+  static const EncodeTiled function = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found,
+                                                               12000, cudaEnableDefault, &result);
+    return error == cudaSuccess && result == cudaDriverEntryPointSuccess
+               ? reinterpret_cast<EncodeTiled>(found)
+               : nullptr;
+  }();
+  return function;
+}
+
+// Of K or V as [block, head, chunk, token, element of the chunk]. A copy brings a box of so many
+// tokens of one head, so many chunks of them one after the other.
+template <typename T, int kHeadDim>
+cudaError_t make_tensor_map(CUtensorMap* map, const KVTensor& tensor, int kv_heads, int box_keys,
+                            int box_chunks) {
+  const EncodeTiled encode = encode_tiled();
+  if (!encode) return cudaErrorNotSupported;
+  constexpr auto type = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                  : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  constexpr cuuint64_t kChunkBytes = 2 * kChunk;
+  // Where there is one of a kind its stride is never used, but has to be a legal one.
+  const auto bytes = [](int64_t stride) {
+    return stride ? static_cast<cuuint64_t>(2 * stride) : kChunkBytes;
+  };
+  const cuuint64_t sizes[5] = {kChunk, static_cast<cuuint64_t>(tensor.tokens), kHeadDim / kChunk,
+                               static_cast<cuuint64_t>(kv_heads),
+                               static_cast<cuuint64_t>(tensor.blocks)};
+  const cuuint64_t strides[4] = {bytes(tensor.stride_token), kChunkBytes, bytes(tensor.stride_head),
+                                 bytes(tensor.stride_block)};
+  const cuuint32_t box[5] = {kChunk, static_cast<cuuint32_t>(box_keys),
+                             static_cast<cuuint32_t>(box_chunks), 1, 1};
+  const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
+  const CUresult result =
+      encode(map, type, 5, const_cast<void*>(tensor.data), sizes, strides, box, steps,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+}  // namespace sparsek::sm90
