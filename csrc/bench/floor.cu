@@ -187,6 +187,17 @@ int run() {
   report("empty", {empty_kernel, multiprocessors, kThreads, 0, 1}, p, 0);
   const Launch<Parameters> all{read_kernel, multiprocessors, kThreads, kRingBytes, 1};
   report("empty, 128 KB of shared memory", all, p, 0);
+  for (const int size : {2, 4, 8, 16}) {
+    Launch<Parameters> clustered{read_kernel, multiprocessors / size * size, kThreads, kRingBytes,
+                                 size};
+    int clusters = 0;
+    check(active_clusters(clustered, &clusters));
+    clustered.blocks = clusters * size;
+    char name[80];
+    std::snprintf(name, sizeof(name), "empty, %d clusters of %d: all that run at once", clusters,
+                  size);
+    report(name, clustered, p, 0);
+  }
   for (const int kilobytes : {1024, 4096, 16384, 65536, 262144, 1048576}) {
     p.chunks = kilobytes * 1024 / kChunkBytes;
     report("read", all, p, size_t{1024} * static_cast<size_t>(kilobytes));

@@ -40,9 +40,6 @@ class Config:
     Attributes:
         cuda_arch: architecture to compile for: ``"90a"`` (Hopper) or ``"100"`` (Blackwell).
         auto_detect_arch: take the architecture of the GPU instead, where there is one.
-        kernels: ``"portable"``, ``"hopper"`` (Hopper's own where there is one, portable ones for
-            the rest), or ``"auto"``: the quickest that has been measured on such a GPU. That is
-            portable: Hopper's own kernels have run in emulation only, and have to be asked for.
         block_m: query rows of a tile.
         block_n: key rows of a tile.
         num_stages: K/V tiles in flight.
@@ -56,6 +53,9 @@ class Config:
         use_tma: copy tiles with the tensor memory accelerator.
         cutlass_path: a CUTLASS installation, for kernels that borrow from it.
         build_dir: where compiled kernels are cached.
+        kernels: ``"portable"``, ``"hopper"`` (Hopper's own where there is one, portable ones for
+            the rest), or ``"auto"``: the quickest that has been measured on such a GPU. That is
+            portable: Hopper's own kernels have run in emulation only, and have to be asked for.
 
     The default values of the tile fields leave the choice to the dispatcher.
 
@@ -65,7 +65,6 @@ class Config:
 
     cuda_arch: str = "90a"
     auto_detect_arch: bool = True
-    kernels: str = "auto"
     block_m: int = 64
     block_n: int = 64
     num_stages: int = 2
@@ -78,6 +77,7 @@ class Config:
     use_tma: bool = True
     cutlass_path: str | None = None
     build_dir: str | None = field(default=None)
+    kernels: str = "auto"
 
     def __post_init__(self) -> None:
         for item in fields(self):
