@@ -429,6 +429,10 @@ PATHS = ("cutlass_path", "build_dir")
 CONFIG = [
     *[("cuda_arch", value, "one of '90a', '100'") for value in ("80", "sm_90a", "", 90, None)],
     *[
+        ("kernels", value, "one of 'auto', 'portable', 'hopper'")
+        for value in ("sm_90", "", "Hopper", 90, None)
+    ],
+    *[
         (name, value, f"one of {allowed}")
         for name, allowed in NUMBERS.items()
         for value in (0, -64, 9, "64", None, True)
@@ -456,7 +460,7 @@ SWITCHES = {
     "BSK_PROFILE": "enable_profiling",
     "BSK_DEBUG": "debug_mode",
 }
-VARIABLES = (*SWITCHES, "BSK_CUDA_ARCH", "BSK_BUILD_DIR", "CUTLASS_PATH")
+VARIABLES = (*SWITCHES, "BSK_CUDA_ARCH", "BSK_KERNELS", "BSK_BUILD_DIR", "CUTLASS_PATH")
 
 
 @pytest.fixture
@@ -488,10 +492,18 @@ def test_other_variables(monkeypatch, no_variables):
     monkeypatch.setenv("BSK_BUILD_DIR", "/somewhere/build")
     monkeypatch.setenv("CUTLASS_PATH", "/somewhere/cutlass")
     monkeypatch.setenv("BSK_CUDA_ARCH", "100")
+    monkeypatch.setenv("BSK_KERNELS", "hopper")
     expected = Config(
-        cuda_arch="100", build_dir="/somewhere/build", cutlass_path="/somewhere/cutlass"
+        cuda_arch="100",
+        build_dir="/somewhere/build",
+        cutlass_path="/somewhere/cutlass",
+        kernels="hopper",
     )
     assert Config.from_env() == expected
+    monkeypatch.setenv("BSK_KERNELS", "sm90")
+    with refuses("BSK_KERNELS must be one of auto, portable, hopper, got 'sm90'"):
+        Config.from_env()
+    monkeypatch.delenv("BSK_KERNELS")
     for text in ("80", "sm_90a", "90"):
         monkeypatch.setenv("BSK_CUDA_ARCH", text)
         with refuses(f"BSK_CUDA_ARCH must be one of 90a, 100, got {text!r}"):
