@@ -7,7 +7,6 @@ READY := $(VENV)/.ready
 BIN := $(CURDIR)/$(VENV)/bin
 # Others need what is not installed beside a GPU.
 ON_KERNELS := tests/test_kernels.py tests/test_ops_properties.py tests/test_xformers.py
-ON_HOPPER := tests/test_kernels.py tests/test_ops_properties.py
 
 .PHONY: demo test test-gpu lint docs clean
 
@@ -17,13 +16,14 @@ demo: $(READY)
 test: lint
 	$(BIN)/python -m pytest tests --ignore tests/gpu --ignore tests/test_kernels.py
 	SPARSEK_TEST_DEVICE=emulated $(BIN)/python -m pytest $(ON_KERNELS) -m on_kernels
-	SPARSEK_TEST_DEVICE=emulated BSK_KERNELS=hopper $(BIN)/python -m pytest $(ON_HOPPER) -m on_kernels
+	SPARSEK_TEST_DEVICE=emulated BSK_KERNELS=hopper $(BIN)/python -m pytest $(ON_KERNELS) -m on_kernels
 
 # The tests of the kernels on CUDA, and what only a GPU can run.
 test-gpu: export SPARSEK_TEST_DEVICE = cuda
 test-gpu: $(READY)
 	$(BIN)/python -m pytest $(ON_KERNELS) -m on_kernels
-	BSK_KERNELS=hopper $(BIN)/python -m pytest $(ON_HOPPER) tests/gpu/test_kernels.py
+	BSK_KERNELS=hopper $(BIN)/python -m pytest $(ON_KERNELS) -m on_kernels
+	BSK_KERNELS=hopper $(BIN)/python -m pytest tests/gpu/test_kernels.py
 	$(BIN)/python -m pytest tests/test_utils.py
 	$(BIN)/python -m pytest tests/gpu
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -212,10 +213,11 @@ def test_variants_of_the_configuration(fields: dict) -> None:
     """Each compiles (once), runs and is right, beside the default one in the same process."""
     batch = Batch([(1, 300), (200, 300), (300, 1000)], 2, 4, 128)
     batch.check()
+    config = dataclasses.replace(Config.from_env(), **fields)
     try:
-        set_default_config(Config(**fields))
+        set_default_config(config)
         batch.check()
-        assert kernels.variant(Config(**fields)) in kernels.loaded()
+        assert kernels.variant(config) in kernels.loaded()
     finally:
         set_default_config(None)
     batch.check()
