@@ -113,6 +113,10 @@ __device__ inline float adjust_score(const AttentionParams& p, float score, cons
   return score;
 }
 
+// Rows are rescaled only when their maximum has grown by more than this many powers of two:
+// exponentials stay below 2^8, which fp16 holds. Idea: FlashAttention-4.
+constexpr float kRescaleSlack = 8.0f;
+
 // exp((score - peak) * scale), by powers of two. A bias can make scores so large that their product
 // with the scale is rounded by more than 1: then the difference comes first.
 template <bool kLarge>

@@ -35,10 +35,6 @@ static_assert(16 % kSlice == 0 && kSlice >= 4 && kStages >= 2);
 template <bool kGeneral>
 constexpr int kBlockM = kGeneral ? 16 * kWarps : SPARSEK_BLOCK_M;
 
-// Rows are rescaled only when their maximum has grown by more than this many powers of two:
-// exponentials stay below 2^8, which fp16 holds. Idea: FlashAttention-4.
-constexpr float kRescaleSlack = 8.0f;
-
 template <int kHeadDim, bool kGeneral>
 constexpr int kSharedBytes = 2 * kHeadDim * (kBlockM<kGeneral> + 2 * kStages * kBlockN);
 

@@ -29,9 +29,6 @@ static_assert(kGroupKeys == 16);
 constexpr int kRingBytes = 192 * 1024;
 constexpr int kConsumerBarrier = 1;
 
-// Exponentials may grow to 2^8 before rows are rescaled. Idea: FlashAttention-4.
-constexpr float kRescaleSlack = 8.0f;
-
 template <int kHeadDim>
 constexpr int kTensorBytes = 2 * kHeadDim * kUnitKeys;  // of K or V, a unit
 template <int kHeadDim>

@@ -19,9 +19,6 @@ constexpr int kBlockN = 128;
 constexpr int kChunkBytes = 2 * kChunk;  // a row of a chunk
 constexpr int kEnd = -1;                 // in place of a request: there are no more tiles
 
-// Exponentials may grow to 2^8 before rows are rescaled. Idea: FlashAttention-4.
-constexpr float kRescaleSlack = 8.0f;
-
 enum Barrier : int { kTileTaken = 1, kFirstTurn = 2 };
 
 // Rows of a head_dim of 64 are cheap, so there are more of them.
