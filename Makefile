@@ -16,14 +16,14 @@ demo: $(READY)
 test: lint
 	$(BIN)/python -m pytest tests --ignore tests/gpu --ignore tests/test_kernels.py
 	SPARSEK_TEST_DEVICE=emulated $(BIN)/python -m pytest $(ON_KERNELS) -m on_kernels
-	SPARSEK_TEST_DEVICE=emulated BSK_KERNELS=hopper $(BIN)/python -m pytest $(ON_KERNELS) -m on_kernels
+	SPARSEK_TEST_DEVICE=emulated BSK_KERNELS=portable $(BIN)/python -m pytest $(ON_KERNELS) -m on_kernels
 
 # The tests of the kernels on CUDA, and what only a GPU can run.
 test-gpu: export SPARSEK_TEST_DEVICE = cuda
 test-gpu: $(READY)
 	$(BIN)/python -m pytest $(ON_KERNELS) -m on_kernels
-	BSK_KERNELS=hopper $(BIN)/python -m pytest $(ON_KERNELS) -m on_kernels
-	BSK_KERNELS=hopper $(BIN)/python -m pytest tests/gpu/test_kernels.py
+	BSK_KERNELS=portable $(BIN)/python -m pytest $(ON_KERNELS) -m on_kernels
+	BSK_KERNELS=portable $(BIN)/python -m pytest tests/gpu/test_kernels.py
 	$(BIN)/python -m pytest tests/test_utils.py
 	$(BIN)/python -m pytest tests/gpu
 

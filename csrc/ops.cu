@@ -172,7 +172,7 @@ void varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
         "k must have the dtype of q on CUDA, without k_scale and v_scale");
   check(total_q < (int64_t{1} << 31) && kv_heads < 65536, "q has too many rows or heads");
   for (const auto& [name, tensor] :
-       {std::pair<const char*, const Tensor*>{"q", &q}, {"k", &k}, {"v", &v}})
+       {std::pair<const char*, const Tensor*>{"q", &q}, {"k", &k}, {"v", &v}, {"out", &out}})
     check_aligned(name, *tensor);
 
   AttentionParams p{};
@@ -182,9 +182,6 @@ void varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
   p.out = out.data_ptr();
   p.out_stride_token = stride(out, 0);
   p.out_stride_head = stride(out, 1);
-  check(reinterpret_cast<uintptr_t>(p.out) % 4 == 0 && p.out_stride_token % 2 == 0 &&
-            p.out_stride_head % 2 == 0,
-        "out must begin at a multiple of 4 bytes on CUDA, and its strides must be even");
   if (lse) {
     check_last_stride("lse", *lse);
     p.lse = static_cast<float*>(lse->data_ptr());
@@ -220,11 +217,13 @@ void varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
   p.group = static_cast<int>(q.size(1) / kv_heads);
   p.group_divisor = FastDivisor(static_cast<uint32_t>(p.group));
   p.total_q = static_cast<int>(total_q);
+  p.max_seqlen_q = static_cast<int>(std::clamp<int64_t>(max_seqlen_q, 1, total_q));
   p.scale = static_cast<float>(scale);
   p.scale_log2e = static_cast<float>(scale * 1.4426950408889634);
   p.softcap = static_cast<float>(softcap);
   // Large enough for any position, small enough that no sum overflows.
   const int64_t unlimited = int64_t{1} << 30;
+  p.max_seqlen_k = static_cast<int>(std::clamp<int64_t>(max_seqlen_k, 1, unlimited));
   p.window_left = static_cast<int>(window_left < unlimited ? window_left : -1);
   p.window_right = static_cast<int>(window_right < unlimited ? window_right : -1);
 

@@ -61,6 +61,7 @@ struct AttentionParams {
   int64_t sinks_stride, bias_stride[4];
 
   int batch, kv_heads, group, total_q, multiprocessors;
+  int max_seqlen_q, max_seqlen_k;  // of a request; the first at most total_q
   FastDivisor group_divisor;
   FastDivisor block_divisor;      // block_size; 2^31 for packed K and V
   float scale, scale_log2e;       // the second for scores in powers of two
@@ -71,7 +72,7 @@ struct AttentionParams {
   // others the prefill kernel's.
   int decode_rows;
   int64_t most_rows;   // that a request of the decode kernel can have
-  float* partials;     // workspace of the decode kernel
+  float* partials;     // workspace of the decode kernels
   int* arrivals;       // zero before and after each launch
   int* tile_counters;  // two, likewise: of Hopper's prefill kernel
 };

@@ -46,7 +46,7 @@ def report() -> str:
 
 def _path(major: int) -> str:
     try:
-        return kernels.path_for_capability(major, 0, get_default_config().kernels)
+        return kernels.path_for_capability(major, 0, get_default_config())
     except RuntimeError as error:
         return f"refused: {error}"
 

@@ -101,12 +101,12 @@ class Batch:
         ]
         return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts], 1)
 
-    def check(self, **options) -> None:
+    def check(self, path: str = PATH, **options) -> None:
         expected, expected_lse = self.expected(**options)
         for kv in (self.kv, self.dense()):
             reset_path_counts()
             out, lse = self.run(kv, **options)
-            assert list(path_counts()) == [f"varlen_attention:{PATH}"]
+            assert list(path_counts()) == [f"varlen_attention:{path}"]
             again = self.run(kv, **options)
             assert torch.equal(out, again[0]) and torch.equal(lse, again[1])
             tolerance = TOLERANCE[self.dtype]

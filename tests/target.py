@@ -11,7 +11,7 @@ import os
 import torch
 
 NAME = os.environ.get("SPARSEK_TEST_DEVICE", "cpu")
-_ON_CUDA = "hopper" if os.environ.get("BSK_KERNELS") == "hopper" else "portable"
+_ON_CUDA = "portable" if os.environ.get("BSK_KERNELS") == "portable" else "hopper"
 PATH = {"cpu": "reference", "cuda": _ON_CUDA, "emulated": "emulated"}[NAME]
 DEVICE = torch.device("cuda" if NAME == "cuda" else "cpu")
 # Whether the kernels are tested, which take less than the reference.

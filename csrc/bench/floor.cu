@@ -12,15 +12,16 @@ namespace sparsek {
 namespace {
 
 constexpr int kThreads = 288, kStages = 8, kChunkBytes = 16 * 1024, kPartFloats = 512;
+constexpr int kMostGroup = 16;
 constexpr size_t kPoolBytes = size_t{4} << 30;  // rotated over, so that L2 is cold
 
-enum class Exchange : int { kNone, kGlobal, kCluster };
+enum class Exchange : int { kNone, kCounted, kAwaited };
 
 struct Parameters {
   const char* source;
   int chunks, chunk_bytes;  // shared out evenly over the blocks
   Exchange exchange;
-  int group;  // consecutive blocks that exchange a part of kPartFloats each
+  int group;  // consecutive blocks, at most kMostGroup, that exchange a part of kPartFloats each
   float *parts, *out;
   int* arrivals;
 };
@@ -34,12 +35,21 @@ __device__ inline void bulk_copy(void* destination, const void* source, int byte
       : "memory");
 }
 
+// Of what other thread blocks read and write meanwhile.
+__device__ inline void store_relaxed(float* to, float x) {
+  asm volatile("st.relaxed.gpu.global.f32 [%0], %1;\n" ::"l"(to), "f"(x) : "memory");
+}
+__device__ inline float load_relaxed(const float* from) {
+  float x;
+  asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];\n" : "=f"(x) : "l"(from) : "memory");
+  return x;
+}
+
 __global__ void empty_kernel(const __grid_constant__ Parameters) {}
 
 __global__ void __launch_bounds__(kThreads, 1) read_kernel(const __grid_constant__ Parameters p) {
   extern __shared__ __align__(128) char ring[];
   __shared__ uint64_t full[kStages], empty[kStages];
-  __shared__ float part[kPartFloats];
   __shared__ bool last;
   const int thread = threadIdx.x;
   if (thread == 0) {
@@ -75,36 +85,34 @@ __global__ void __launch_bounds__(kThreads, 1) read_kernel(const __grid_constant
     if (sum == 1.2345f) p.out[0] = sum;  // the reads are not to be left out
     return;
   }
-  const int group = block / p.group;
-  float* own = p.exchange == Exchange::kCluster ? part : p.parts + block * kPartFloats;
-  for (int i = thread; i < kPartFloats; i += kThreads) own[i] = sum + i;
-  __syncthreads();
-  if (p.exchange == Exchange::kCluster) {
-    cluster_arrive();
-    cluster_wait();
-    const int each = kPartFloats / p.group;
-    for (int i = thread; i < each; i += kThreads) {
-      const int at = block % p.group * each + i;
-      float total = 0;
-      for (int rank = 0; rank < p.group; ++rank)
-        total += load_remote(remote_address(part + at, rank));
-      p.out[group * kPartFloats + at] = total;
+  const int group = block / p.group, first = group * p.group;
+  const bool awaited = p.exchange == Exchange::kAwaited;
+  for (int i = thread; i < kPartFloats; i += kThreads)
+    store_relaxed(p.parts + block * kPartFloats + i, sum + i + 1);
+  if (awaited) {
+    if (block != first + p.group - 1) return;
+  } else {
+    __syncthreads();
+    if (thread == 0) {
+      last = add_acquire_release(p.arrivals + group, 1) == p.group - 1;
+      if (last) p.arrivals[group] = 0;
     }
-    cluster_arrive();
-    cluster_wait();
-    return;
+    __syncthreads();
+    if (!last) return;
   }
-  if (thread == 0) {
-    last = add_acquire_release(p.arrivals + group, 1) == p.group - 1;
-    if (last) p.arrivals[group] = 0;
-  }
-  __syncthreads();
-  if (!last) return;
   for (int i = thread; i < kPartFloats; i += kThreads) {
-    float total = 0;
-#pragma unroll 8
-    for (int rank = 0; rank < p.group; ++rank)
-      total += __ldcg(p.parts + (group * p.group + rank) * kPartFloats + i);
+    float own[kMostGroup], total = 0;
+#pragma unroll
+    for (int rank = 0; rank < kMostGroup; ++rank)
+      if (rank < p.group) own[rank] = load_relaxed(p.parts + (first + rank) * kPartFloats + i);
+#pragma unroll
+    for (int rank = 0; rank < kMostGroup; ++rank) {
+      if (rank >= p.group) continue;
+      float* part = p.parts + (first + rank) * kPartFloats + i;
+      while (awaited && own[rank] == 0) own[rank] = load_relaxed(part);
+      store_relaxed(part, 0.0f);
+      total += own[rank];
+    }
     p.out[group * kPartFloats + i] = total;
   }
 }
@@ -124,10 +132,7 @@ double measure(const Launch<Parameters>& launch, Parameters parameters, size_t b
   const size_t places = bytes ? kPoolBytes / bytes : 1;
   const auto node = [&](int i) {
     parameters.source = pool + i % places * bytes;
-    cudaLaunchAttribute attributes[2];
-    cudaLaunchConfig_t config = launch_config(launch, stream, attributes);
-    if (!overlapping) config.numAttrs = 1;
-    check(cudaLaunchKernelEx(&config, launch.kernel, parameters));
+    check(launch_overlapping(launch, parameters, stream, overlapping));
   };
   for (int i = 0; i < 3; ++i) node(i);
   cudaGraph_t graph;
@@ -169,7 +174,6 @@ int run() {
   check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0));
   constexpr int kRingBytes = kStages * kChunkBytes;
   check(cudaFuncSetAttribute(read_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kRingBytes));
-  check(cudaFuncSetAttribute(read_kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
   char* pool;
   check(cudaMalloc(&pool, kPoolBytes));
   // Not zeros: constant data can be moved at less power.
@@ -180,24 +184,14 @@ int run() {
     check(cudaMemcpy(pool + at, random.data(), 4 * random.size(), cudaMemcpyHostToDevice));
   Parameters p{pool, 0, kChunkBytes, Exchange::kNone, 1};
   check(cudaMalloc(&p.parts, 256 * kPartFloats * sizeof(float)));
+  check(cudaMemset(p.parts, 0, 256 * kPartFloats * sizeof(float)));
   check(cudaMalloc(&p.out, 256 * kPartFloats * sizeof(float)));
   check(cudaMalloc(&p.arrivals, 256 * sizeof(int)));
   check(cudaMemset(p.arrivals, 0, 256 * sizeof(int)));
 
-  report("empty", {empty_kernel, multiprocessors, kThreads, 0, 1}, p, 0);
-  const Launch<Parameters> all{read_kernel, multiprocessors, kThreads, kRingBytes, 1};
+  report("empty", {empty_kernel, multiprocessors, kThreads, 0}, p, 0);
+  const Launch<Parameters> all{read_kernel, multiprocessors, kThreads, kRingBytes};
   report("empty, 128 KB of shared memory", all, p, 0);
-  for (const int size : {2, 4, 8, 16}) {
-    Launch<Parameters> clustered{read_kernel, multiprocessors / size * size, kThreads, kRingBytes,
-                                 size};
-    int clusters = 0;
-    check(active_clusters(clustered, &clusters));
-    clustered.blocks = clusters * size;
-    char name[80];
-    std::snprintf(name, sizeof(name), "empty, %d clusters of %d: all that run at once", clusters,
-                  size);
-    report(name, clustered, p, 0);
-  }
   for (const int kilobytes : {1024, 4096, 16384, 65536, 262144, 1048576}) {
     p.chunks = kilobytes * 1024 / kChunkBytes;
     report("read", all, p, size_t{1024} * static_cast<size_t>(kilobytes));
@@ -206,13 +200,12 @@ int run() {
   p.chunk_bytes = kChunkBytes / 2;
   p.chunks = static_cast<int>(bytes) / p.chunk_bytes;
   p.group = 16;
-  report("128 blocks read", {read_kernel, 128, kThreads, kRingBytes, 1}, p, bytes);
-  p.exchange = Exchange::kGlobal;
-  report("128 blocks read, 16 exchange through L2", {read_kernel, 128, kThreads, kRingBytes, 1}, p,
-         bytes);
-  p.exchange = Exchange::kCluster;
-  report("128 blocks read, clusters of 16 exchange", {read_kernel, 128, kThreads, kRingBytes, 16},
-         p, bytes);
+  const Launch<Parameters> even{read_kernel, 128, kThreads, kRingBytes};
+  report("128 blocks read", even, p, bytes);
+  p.exchange = Exchange::kCounted;
+  report("128 blocks read, 16 exchange parts, the last to arrive adds up", even, p, bytes);
+  p.exchange = Exchange::kAwaited;
+  report("128 blocks read, 16 exchange parts, one awaits them", even, p, bytes);
   check(cudaDeviceSynchronize());
   return 0;
 }

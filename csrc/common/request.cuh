@@ -53,6 +53,25 @@ struct Request {
   }
 };
 
+// The sum over this thread and those before it. All threads of the block come here.
+template <int kThreads>
+__device__ inline int inclusive_sum(int own, int (&warp_sums)[kThreads / 32]) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int sum = own;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int other = __shfl_up_sync(~0u, sum, step);
+    if (lane >= step) sum += other;
+  }
+  if (lane == 31) warp_sums[warp] = sum;
+  __syncthreads();
+#pragma unroll
+  for (int w = 0; w < kThreads / 32; ++w) {
+    if (w < warp) sum += warp_sums[w];
+  }
+  return sum;
+}
+
 // First of the prefill kernels' tiles of kRows rows of request b: an upper bound of the tiles
 // before it that needs no sum over the requests, so that a binary search finds a tile's request.
 template <int kRows>

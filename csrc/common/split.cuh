@@ -6,8 +6,8 @@
 // the list, so uneven lengths balance and the grid does not depend on them: a captured graph
 // replays with new lengths. (Idea: Stream-K, https://arxiv.org/abs/2301.03598, and FlashInfer's
 // scheduler.) The part of a share that belongs to one KV head and one tile of rows is a segment. A
-// segment that is no whole is left in the workspace; the last thread block to arrive adds the
-// parts up, in an order that does not depend on timing.
+// segment that is no whole is left in the workspace; one thread block adds the parts up, in an
+// order that does not depend on timing.
 #pragma once
 #include "request.cuh"
 
@@ -56,20 +56,17 @@ struct Segment {
 template <int kThreads, int kRows, int kAlignment, bool kEven>
 class Share {
   using Units = RequestUnits<kRows, kAlignment, kEven>;
-  static constexpr int kWarps = kThreads / 32;
 
  public:
   struct Scratch {  // in shared memory
-    int warp_sums[kWarps], before, request;
+    int warp_sums[kThreads / 32], before, request;
   };
 
   __device__ Share(const AttentionParams& p, Scratch& scratch) {
-    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-
+    const int thread = threadIdx.x;
     if (kEven && p.batch == 1) {
       const Units units(p, Request(p, 0));
-      even = units.share > 0;
-      size = even ? units.share : share_of(units.total);
+      size = units.share > 0 ? units.share : share_of(units.total);
       take(units.total);
       request_ = before_ = 0;
       return;
@@ -81,20 +78,10 @@ class Share {
     int own = 0;
 #pragma unroll 1
     for (int b = b0; b < b1; ++b) own += units_of(p, b);
-    int inclusive = own;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const int other = __shfl_up_sync(~0u, inclusive, step);
-      if (lane >= step) inclusive += other;
-    }
-    if (lane == 31) scratch.warp_sums[warp] = inclusive;
-    __syncthreads();
+    const int inclusive = inclusive_sum<kThreads>(own, scratch.warp_sums);
     int total = 0;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      if (w < warp) inclusive += scratch.warp_sums[w];
-      total += scratch.warp_sums[w];
-    }
+    for (int w = 0; w < kThreads / 32; ++w) total += scratch.warp_sums[w];
     size = share_of(total);
     take(total);
     if (empty()) return;
@@ -143,8 +130,7 @@ class Share {
     return false;
   }
 
-  int size;           // units a thread block
-  bool even = false;  // see RequestUnits
+  int size;  // units a thread block
 
  private:
   __device__ static int share_of(int total) {
@@ -204,17 +190,17 @@ struct Finish {
     const int head = segment.kv_head * p.group + r - query * p.group;
     const int64_t token = int64_t{p.cu_seqlens_q[segment.request]} + query;
     const RowState state = finish_row(p, peak * (kGeneral ? 1.0f : p.scale), sum, head);
-    uint32_t* destination = reinterpret_cast<uint32_t*>(
+    uint2* destination = reinterpret_cast<uint2*>(
         static_cast<T*>(p.out) + token * p.out_stride_token + head * p.out_stride_head + column);
-    destination[0] = pack<T>(value.x * state.factor, value.y * state.factor);
-    destination[1] = pack<T>(value.z * state.factor, value.w * state.factor);
+    *destination = {pack<T>(value.x * state.factor, value.y * state.factor),
+                    pack<T>(value.z * state.factor, value.w * state.factor)};
     if (p.lse && column == 0) p.lse[head * p.lse_stride_head + token] = state.lse;
   }
 
   // Four neighbours of a row of this block's part; to the output if it is the whole.
-  __device__ void leave(float* part, int row, int column, float peak, float sum,
-                        float4 value) const {
+  __device__ void leave(int row, int column, float peak, float sum, float4 value) const {
     if (whole()) return store(row, column, peak, sum, value);
+    float* part = part_of(blockIdx.x);
     *reinterpret_cast<float4*>(part + row * kHeadDim + column) = value;
     if (column == 0) {
       part[kRows * kHeadDim + row] = peak;
@@ -222,8 +208,8 @@ struct Finish {
     }
   }
 
-  // After leave() to part_of(): the last block to arrive adds the parts up. kThreads threads come
-  // here, which meet at `barrier`; add_up() tells what `scratch` is.
+  // After leave(): the last block to arrive adds the parts up. kThreads threads come here, which
+  // meet at `barrier`; add_up() tells what `scratch` is.
   template <int kThreads>
   __device__ void meet(int thread, int barrier, float* scratch) const {
     if (whole()) return;
@@ -235,19 +221,18 @@ struct Finish {
       if (last_to_arrive) *counter = 0;
     }
     barrier_sync<kThreads>(barrier);
-    if (!last_to_arrive) return;
+    if (last_to_arrive) add_up<kThreads>(thread, barrier, scratch);
+  }
+
+ private:
+  // Adds up the parts. `scratch` is shared memory for a bool in the first four floats, then two
+  // floats a row and part, then two a row.
+  template <int kThreads>
+  __device__ void add_up(int thread, int barrier, float* scratch) const {
     const auto load = [&](int block, int i) { return __ldcg(part_of(block) + i); };
     const auto load_4 = [&](int block, int i) {
       return __ldcg(reinterpret_cast<const float4*>(part_of(block) + i));
     };
-    add_up<kThreads>(thread, barrier, scratch, load, load_4);
-  }
-
-  // Adds up the parts, of which load(block, i) reads element i and load_4 four of them. `scratch`
-  // is shared memory for a bool in the first four floats, then two floats a row and part, then two
-  // a row.
-  template <int kThreads, typename Load, typename Load4>
-  __device__ void add_up(int thread, int barrier, float* scratch, Load load, Load4 load_4) const {
     // A load takes longer than everything else here: all that can be are in flight together.
     constexpr int kAhead = 8;
     const int first = first_block(), parts = last_block() - first + 1;

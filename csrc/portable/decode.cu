@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(kThreads, kDecodeBlocksPerMultiprocessor)
         finish.add(value, factor,
                    *reinterpret_cast<const float4*>(shared + w * kRingBytes + 4 * i));
       }
-      finish.leave(finish.part_of(blockIdx.x), row, column, peak, sum, value);
+      finish.leave(row, column, peak, sum, value);
     }
     // The rings have been read by the time that it uses them.
     finish.template meet<kThreads>(thread, 0, reinterpret_cast<float*>(shared));

@@ -5,16 +5,9 @@
 // warp runs ahead through the block's whole share, across segments, and keeps a ring of units in
 // shared memory full. Two groups of four consumer warps take units in turn, each warp 16 keys.
 //
-// One request alone is split evenly, each KV head's keys over the blocks of a cluster where that
-// fits: they add their parts up through each other's shared memory. Otherwise parts go through the
-// workspace.
-//
 // The operands of the products are swapped: keys (then the dimensions of V) are the 16 rows of
 // mma.sync m16n8k16 and queries its 8 columns, since a KV head has few. kTiles such tiles of rows
 // are held at once.
-#include <algorithm>
-#include <atomic>
-
 #include "../common/hopper.cuh"
 #include "../common/split.cuh"
 #include "tensor_map.h"
@@ -26,7 +19,7 @@ constexpr int kGroups = 2, kWarpsOfGroup = 4, kWarps = kGroups * kWarpsOfGroup;
 constexpr int kConsumers = 32 * kWarps, kThreads = kConsumers + 32;
 constexpr int kGroupKeys = kUnitKeys / kWarpsOfGroup;
 static_assert(kGroupKeys == 16);
-constexpr int kRingBytes = 192 * 1024;
+constexpr int kRingBytes = 128 * 1024;
 constexpr int kConsumerBarrier = 1;
 
 template <int kHeadDim>
@@ -45,10 +38,9 @@ struct Shared {
   static constexpr int kMeetingFloats = kWarpsOfGroup * kRows * kPitch<kHeadDim>;
 
   char ring[kRingBytes];
-  float meeting[kMeetingFloats];  // warps' sums, then this block's part of a row's sum
+  float meeting[kMeetingFloats];  // warps' sums
   float row_maxima[kWarps][kRows], row_sums[kWarps][kRows];
   uint64_t full[kStages<kHeadDim>], empty[kStages<kHeadDim>];
-  uint64_t parts_ready, part_read;  // of a cluster
   typename OwnShare<kTiles>::Scratch scratch;
 };
 
@@ -56,6 +48,7 @@ struct DecodeParams {
   CUtensorMap k, v;
   AttentionParams attention;
   int box_keys, box_keys_log2;  // that one copy brings
+  bool joined;                  // a copy by `k` brings keys and values
 };
 
 // Brings the units of the block's share, one after the other.
@@ -94,9 +87,11 @@ __device__ void produce(const DecodeParams& d, Share& share, char* ring, uint64_
       if (lane == 0) mbarrier_arrive_expect(&full[stage], 2 * kBytes);
       __syncwarp();
       if (lane < boxes) {
-        char* k = ring + stage * 2 * kBytes + (lane * 2 * kHeadDim << d.box_keys_log2);
+        const int box_bytes = 2 * kHeadDim << d.box_keys_log2;
+        char* k = ring + stage * 2 * kBytes + lane * 2 * box_bytes;
         tensor_copy(k, &d.k, &full[stage], 0, token, 0, segment.kv_head, block);
-        tensor_copy(k + kBytes, &d.v, &full[stage], 0, token, 0, segment.kv_head, block);
+        if (!d.joined)
+          tensor_copy(k + box_bytes, &d.v, &full[stage], 0, token, 0, segment.kv_head, block);
       }
       if (++stage == kStagesHere) stage = 0, phase ^= 1;
     }
@@ -120,18 +115,10 @@ __global__ void __launch_bounds__(kThreads, 1)
       mbarrier_init(&shared.full[i], 1);
       mbarrier_init(&shared.empty[i], kWarpsOfGroup);
     }
-    mbarrier_init(&shared.parts_ready, cluster_size());
-    mbarrier_init(&shared.part_read, 1);
     mbarrier_fence_init();
   }
   // The barriers are known to all from here on; nothing of this reads what a kernel has written.
-  if (cluster_size() > 1) {
-    __syncwarp();
-    cluster_arrive_relaxed();
-    cluster_wait();
-  } else {
-    __syncthreads();
-  }
+  __syncthreads();
   wait_for_previous_kernel();
   allow_next_kernel();
   OwnShare<kTiles> share(p, shared.scratch);
@@ -140,18 +127,21 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   const int warp_of_group = warp % kWarpsOfGroup, group = warp / kWarpsOfGroup;
   // Where this lane's row of a matrix lies in a warp's 16 keys: boxes of 16 or more keys, each one
-  // chunk of the head after the other, 16-byte pieces XORed with the row's low three bits.
+  // chunk of the head after the other, first of keys, then of values; 16-byte pieces XORed with the
+  // row's low three bits.
   const int chunk_bytes = 2 * kChunk << d.box_keys_log2;
   const int own_key = warp_of_group * kGroupKeys;
   const int own_box = own_key >> d.box_keys_log2;
-  const uint32_t own_rows = own_box * chunk_bytes * (kHeadDim / kChunk) +
-                            (own_key - (own_box << d.box_keys_log2)) * 2 * kChunk;
+  const int box_bytes = kHeadDim / kChunk * chunk_bytes;
+  const uint32_t own_rows =
+      own_box * 2 * box_bytes + (own_key - (own_box << d.box_keys_log2)) * 2 * kChunk;
   const uint32_t ring = shared_address(shared.ring);
   const auto piece = [](int row, int index) -> uint32_t {
     return row * (2 * kChunk) + ((index ^ (row & 7)) << 4);
   };
   const uint32_t k_lane = ring + own_rows + piece(lane % 16, lane / 16);
-  const uint32_t v_lane = ring + kBytes + own_rows + piece(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+  const uint32_t v_lane =
+      ring + box_bytes + own_rows + piece(lane % 8 + lane / 16 * 8, lane / 8 % 2);
   const float exponent_scale = kGeneral ? kLog2e : p.scale_log2e;
 
   int stage = group, phase = 0, turn = 0;
@@ -364,83 +354,14 @@ __global__ void __launch_bounds__(kThreads, 1)
                                                     (w * kRows + row) * kPitch<kHeadDim> + column));
       }
     }
-    // Of one request alone a block has one segment: nobody waits for long.
-    const int cluster = cluster_size();
-    const int first = finish.first_block(), last = finish.last_block();
-    const bool in_cluster = share.even && !finish.whole() && (first ^ last) < cluster;
-    if (in_cluster) barrier_sync<kConsumers>(kConsumerBarrier);  // meeting has been read
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
       const int i = 4 * (thread + pass * kConsumers), row = i / kHeadDim, column = i % kHeadDim;
-      if (row < rows) {
-        finish.leave(in_cluster ? shared.meeting : finish.part_of(blockIdx.x), row, column,
-                     peaks[pass], sums[pass], values[pass]);
-      }
+      if (row >= rows) break;
+      finish.leave(row, column, peaks[pass], sums[pass], values[pass]);
     }
-    if (!in_cluster) {
-      finish.template meet<kConsumers>(thread, kConsumerBarrier, shared.meeting);
-    } else {
-      barrier_sync<kConsumers>(kConsumerBarrier);
-      if (static_cast<int>(blockIdx.x) != first) {
-        if (thread == 0) {
-          mbarrier_arrive_remote(remote_address(&shared.parts_ready, first & (cluster - 1)));
-          mbarrier_wait(&shared.part_read, 0);
-        }
-      } else {
-        // For itself, and for the blocks of the cluster that have no part of this.
-        if (thread == 0) mbarrier_arrive_times(&shared.parts_ready, cluster - (last - first));
-        mbarrier_wait_for_cluster(&shared.parts_ready, 0);
-        const auto load = [&](int block, int i) {
-          return load_remote(remote_address(shared.meeting + i, block & (cluster - 1)));
-        };
-        const auto load_4 = [&](int block, int i) {
-          return load_remote_4(remote_address(shared.meeting + i, block & (cluster - 1)));
-        };
-        finish.template add_up<kConsumers>(thread, kConsumerBarrier,
-                                           shared.meeting + finish.kPartFloats, load, load_4);
-        barrier_sync<kConsumers>(kConsumerBarrier);
-        if (thread < last - first) {
-          const int rank = (first + 1 + thread) & (cluster - 1);
-          mbarrier_arrive_remote_relaxed(remote_address(&shared.part_read, rank));
-        }
-      }
-    }
+    finish.template meet<kConsumers>(thread, kConsumerBarrier, shared.meeting);
     barrier_sync<kConsumers>(kConsumerBarrier);  // row_maxima and meeting are free again
-  }
-}
-
-// Clusters of 2^i blocks that run at the same time.
-template <int kSizes>
-int active_clusters_of(const Launch<DecodeParams>& launch, int i) {
-  static std::atomic<int> known[64][kSizes];  // for each GPU; one more, 0: not asked yet
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
-  auto& answer = known[device % 64][i];
-  if (!answer) {
-    Launch<DecodeParams> clustered = launch;
-    clustered.cluster = 1 << i;
-    clustered.blocks = launch.blocks >> i << i;
-    int clusters = 0;
-    if (active_clusters(clustered, &clusters) != cudaSuccess) {
-      cudaGetLastError();  // the GPU has no such clusters
-      clusters = 0;
-    }
-    answer = clusters + 1;
-  }
-  return answer - 1;
-}
-
-// For one request, whose `pieces` (KV heads and tiles of rows) are split over as many blocks each:
-// the largest cluster that holds whole pieces and leaves few multiprocessors idle.
-void choose_cluster(Launch<DecodeParams>& launch, int pieces) {
-  constexpr int kSizes = 5;
-  for (int i = kSizes - 1; i > 0; --i) {
-    const int blocks = launch.blocks >> i << i, each = blocks / pieces;
-    if (each < 2 || (1 << i) % each != 0 || 4 * blocks < 3 * launch.blocks) continue;
-    if (active_clusters_of<kSizes>(launch, i) << i < blocks) continue;
-    launch.cluster = 1 << i;
-    launch.blocks = blocks;
-    return;
   }
 }
 
@@ -448,9 +369,6 @@ template <typename T, int kHeadDim, int kTiles, bool kGeneral>
 cudaError_t launch(const DecodeParams& d, cudaStream_t stream) {
   using Memory = Shared<kHeadDim, kTiles>;
   static_assert(sizeof(Memory) <= 227 * 1024);
-  // The least that parts in a cluster leave.
-  static_assert(scratch_floats(8 * kTiles, 16) <=
-                Memory::kMeetingFloats - 8 * kTiles * (kHeadDim + 2));
   const int multiprocessors = d.attention.multiprocessors;
   // All blocks can hold a part of the same rows, whose weights and sums go to shared memory.
   if (scratch_floats(8 * kTiles, multiprocessors) > Memory::kMeetingFloats)
@@ -458,15 +376,9 @@ cudaError_t launch(const DecodeParams& d, cudaStream_t stream) {
   const auto kernel = decode_kernel<T, kHeadDim, kTiles, kGeneral>;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                            static_cast<int>(sizeof(Memory)));
-  if (error == cudaSuccess)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   if (error != cudaSuccess) return error;
-  Launch<DecodeParams> launch{kernel, multiprocessors, kThreads, sizeof(Memory), 1};
-  if (d.attention.batch == 1) {
-    const int rows = std::max(1, static_cast<int>(d.attention.most_rows));
-    choose_cluster(launch, d.attention.kv_heads * ((rows + 8 * kTiles - 1) / (8 * kTiles)));
-  }
-  return launch_overlapping(launch, d, stream);
+  return launch_overlapping(Launch<DecodeParams>{kernel, multiprocessors, kThreads, sizeof(Memory)},
+                            d, stream);
 }
 
 }  // namespace
@@ -478,9 +390,14 @@ cudaError_t decode(const AttentionParams& p, cudaStream_t stream) {
   d.box_keys = box_keys(p, kUnitKeys);
   while (1 << d.box_keys_log2 < d.box_keys) ++d.box_keys_log2;
   constexpr int kChunks = kHeadDim / kChunk;
-  cudaError_t error = make_tensor_map<T, kHeadDim>(&d.k, p.k, p.kv_heads, d.box_keys, kChunks);
-  if (error == cudaSuccess)
-    error = make_tensor_map<T, kHeadDim>(&d.v, p.v, p.kv_heads, d.box_keys, kChunks);
+  d.joined =
+      static_cast<const char*>(p.v.data) == static_cast<const char*>(p.k.data) + 2 * kHeadDim &&
+      p.v.stride_block == p.k.stride_block && p.v.stride_token == p.k.stride_token &&
+      p.v.stride_head == p.k.stride_head;
+  const int chunks = d.joined ? 2 * kChunks : kChunks;
+  cudaError_t error = make_tensor_map<T>(&d.k, p.k, p.kv_heads, chunks, d.box_keys, chunks);
+  if (error == cudaSuccess && !d.joined)
+    error = make_tensor_map<T>(&d.v, p.v, p.kv_heads, kChunks, d.box_keys, kChunks);
   if (error != cudaSuccess) return error;
   // Softcap and bias take the registers that a second tile would need.
   if (p.softcap > 0 || p.bias) return launch<T, kHeadDim, 1, true>(d, stream);

@@ -3,10 +3,12 @@
 // warpgroups that compute, a warpgroup's softmax under its own product with V and under the other
 // warpgroups' products.
 //
-// One thread block a multiprocessor takes tile after tile from a counter: kBlockM rows of one KV
-// head (queries and heads of the group, packed), a warpgroup 64 of them. Keys come in tiles of
-// kBlockN, the last first: that is where masks are. The loading warps (one for keys, one for
+// One thread block a multiprocessor takes tile after tile from a counter: rows of one KV head
+// (queries and heads of the group, packed), 64 for each of kGroups warpgroups. Keys come in tiles
+// of kBlockN, the last first: that is where masks are. The loading warps (one for keys, one for
 // values, two for queries) run ahead into the next tile.
+#include <algorithm>
+
 #include "../common/hopper.cuh"
 #include "../common/request.cuh"
 #include "../common/wgmma.cuh"
@@ -18,13 +20,13 @@ namespace {
 constexpr int kBlockN = 128;
 constexpr int kChunkBytes = 2 * kChunk;  // a row of a chunk
 constexpr int kEnd = -1;                 // in place of a request: there are no more tiles
+constexpr int kSectionBytes = 32 << 20;  // half of the L2 cache
+constexpr double kTileCost = 3;          // of a tile, where a warpgroup's part of it costs 1
 
 enum Barrier : int { kTileTaken = 1, kFirstTurn = 2 };
 
-// Rows of a head_dim of 64 are cheap, so there are more of them.
-template <int kHeadDim>
+template <int kHeadDim, int kGroups>
 struct Shape {
-  static constexpr int kGroups = kHeadDim == 64 ? 3 : 2;  // warpgroups that compute
   static constexpr int kBlockM = 64 * kGroups, kThreads = 128 * (kGroups + 1);
   static constexpr int kStages = kHeadDim == 64 ? 4 : 2, kChunks = kHeadDim / kChunk;
   static constexpr int kTileBytes = 2 * kHeadDim * kBlockN;
@@ -34,31 +36,39 @@ struct Shape {
 };
 
 // Rows of queries and the keys that they need.
+template <int kGroups>
 struct Tile {
   Request request;  // its index is kEnd behind the last tile
   int kv_head, row0;
-  KeyRange keys;    // that any row sees
-  KeyRange common;  // that every row sees
-  int key0;         // a multiple of kBlockN
+  KeyRange keys;  // that any row sees
+  int key0;       // a multiple of kBlockN
   int key_tiles;
+  struct Own {
+    KeyRange common;    // that every row of the warpgroup sees
+    int before, count;  // key tiles that none of them sees, then those that any of them sees
+  } own[kGroups];
 };
 
-template <int kHeadDim>
+template <int kHeadDim, int kGroups>
 struct Shared {
-  using S = Shape<kHeadDim>;
+  using S = Shape<kHeadDim, kGroups>;
   char q[2][2 * kHeadDim * S::kBlockM];
   char k[S::kStages][S::kTileBytes], v[S::kStages][S::kTileBytes];
   uint64_t tile_full[2], q_full[2], q_empty[2];
   uint64_t k_full[S::kStages], k_empty[S::kStages], v_full[S::kStages], v_empty[S::kStages];
-  uint64_t landed;  // values that are not ready for use
-  Tile tiles[2];    // whose rows are in q
+  uint64_t landed;         // values that are not ready for use
+  Tile<kGroups> tiles[2];  // whose rows are in q
+  Tile<kGroups> found;     // the next one
+  // Of a KV head, up to and with the requests that a thread has counted.
+  int tiles_up_to[S::kThreads];
+  int warp_sums[S::kThreads / 32];
 };
 
 struct PrefillParams {
   CUtensorMap k, v;
   AttentionParams attention;
   int box_keys;
-  int tiles;  // of each KV head, at most
+  int section_heads;  // KV heads whose keys and values stay in the L2 cache together
 };
 
 // Place in a ring.
@@ -70,39 +80,96 @@ struct Place {
   }
 };
 
-// False: the rows do not exist, or are the decode kernel's.
+// Tiles of a request. Those of few rows are the decode kernel's.
 template <int kBlockM>
-__device__ bool find_tile(const AttentionParams& p, int tile, int kv_head, Tile& found) {
-  const int b = request_of_tile<kBlockM>(p, tile);
-  const int row0 = (tile - first_tile<kBlockM>(p, b)) * kBlockM;
+__device__ int tiles_of(const AttentionParams& p, int b) {
+  const int rows = (p.cu_seqlens_q[b + 1] - p.cu_seqlens_q[b]) * p.group;
+  return rows > p.decode_rows ? (rows + kBlockM - 1) / kBlockM : 0;
+}
+
+template <int kThreads>
+__device__ int requests_a_thread(const AttentionParams& p) {
+  return (p.batch + kThreads - 1) / kThreads;
+}
+
+// All threads of the block count tiles together.
+template <int kHeadDim, int kGroups>
+__device__ void count_tiles(const AttentionParams& p, Shared<kHeadDim, kGroups>& shared) {
+  using S = Shape<kHeadDim, kGroups>;
+  const int thread = threadIdx.x, each = requests_a_thread<S::kThreads>(p);
+  int own = 0;
+#pragma unroll 1
+  for (int b = thread * each; b < min(p.batch, (thread + 1) * each); ++b)
+    own += tiles_of<S::kBlockM>(p, b);
+  shared.tiles_up_to[thread] = inclusive_sum<S::kThreads>(own, shared.warp_sums);
+  __syncthreads();
+}
+
+template <int kHeadDim, int kGroups>
+__device__ void find_tile(const PrefillParams& d, const Shared<kHeadDim, kGroups>& shared, int id,
+                          Tile<kGroups>& found) {
+  using S = Shape<kHeadDim, kGroups>;
+  const AttentionParams& p = d.attention;
+  const int* up_to = shared.tiles_up_to;
+  const int total = up_to[S::kThreads - 1];
+  found.request.index = kEnd;
+  if (id >= total * p.kv_heads) return;
+  // Late tiles first: under a causal mask they are the heaviest, and the light ones at the end even
+  // out. The KV heads of a section go together.
+  const int section = id / (total * d.section_heads), head0 = section * d.section_heads;
+  const int heads = min(d.section_heads, p.kv_heads - head0);
+  const int within = id - section * total * d.section_heads;
+  found.kv_head = head0 + within % heads;
+  const int tile = total - 1 - within / heads;
+  int thread = 0;
+  for (int end = S::kThreads - 1; thread < end;) {
+    const int middle = (thread + end) / 2;
+    (up_to[middle] > tile ? end : thread) = up_to[middle] > tile ? middle : middle + 1;
+  }
+  int b = thread * requests_a_thread<S::kThreads>(p), before = thread ? up_to[thread - 1] : 0;
+  for (int n; before + (n = tiles_of<S::kBlockM>(p, b)) <= tile; ++b) before += n;
+
   const Request request(p, b);
-  if (row0 >= request.rows || request.rows <= p.decode_rows) return false;
+  const int row0 = (tile - before) * S::kBlockM;
   const int first = p.group_divisor(row0);
-  const int last = p.group_divisor(min(row0 + kBlockM, request.rows) - 1);
+  const int last = p.group_divisor(min(row0 + S::kBlockM, request.rows) - 1);
   found.request = request;
-  found.kv_head = kv_head;
   found.row0 = row0;
-  found.keys = request.keys(p, first, last);
-  found.common = {request.keys(p, last).begin, request.keys(p, first).end};
-  found.key0 = found.keys.begin & ~(kBlockN - 1);
-  found.key_tiles = max(0, (found.keys.end - found.key0 + kBlockN - 1) / kBlockN);
-  if (found.keys.begin >= found.keys.end) found.key_tiles = 0;
-  return true;
+  const KeyRange keys = request.keys(p, first, last);
+  const auto tiles_up_to = [&](int key) { return (key - found.key0 + kBlockN - 1) / kBlockN; };
+  found.keys = keys;
+  found.key0 = keys.begin & ~(kBlockN - 1);
+  found.key_tiles = keys.begin < keys.end ? tiles_up_to(keys.end) : 0;
+#pragma unroll 1
+  for (int group = 0; group < kGroups; ++group) {
+    auto& own = found.own[group];
+    const int own_row0 = row0 + 64 * group;
+    own = {{0, 0}, found.key_tiles, 0};
+    if (own_row0 >= request.rows) continue;
+    const int own_first = p.group_divisor(own_row0);
+    const int own_last = p.group_divisor(min(own_row0 + 64, request.rows) - 1);
+    const KeyRange seen = request.keys(p, own_first, own_last);
+    own.common = {request.keys(p, own_last).begin, request.keys(p, own_first).end};
+    if (seen.begin >= seen.end) continue;
+    own.before = found.key_tiles - tiles_up_to(seen.end);
+    own.count = tiles_up_to(seen.end) - (seen.begin - found.key0) / kBlockN;
+  }
 }
 
 // A ring of tiles of keys or of values, and the warp that fills it.
-template <int kHeadDim, bool kValues>
+template <int kHeadDim, int kGroups, bool kValues>
 struct Loader {
-  using S = Shape<kHeadDim>;
+  using S = Shape<kHeadDim, kGroups>;
 
   const PrefillParams& d;
-  Shared<kHeadDim>& shared;
+  Shared<kHeadDim, kGroups>& shared;
   Place<S::kStages> place;
   int landed_phase = 0;
 
-  __device__ Loader(const PrefillParams& d, Shared<kHeadDim>& shared) : d(d), shared(shared) {}
+  __device__ Loader(const PrefillParams& d, Shared<kHeadDim, kGroups>& shared)
+      : d(d), shared(shared) {}
 
-  __device__ void load(const Tile& tile) {
+  __device__ void load(const Tile<kGroups>& tile) {
     const AttentionParams& p = d.attention;
     const CUtensorMap* map = kValues ? &d.v : &d.k;
     const int lane = threadIdx.x % 32;
@@ -158,7 +225,7 @@ struct Loader {
   __device__ void run() {
     for (Place<2> tiles;; tiles.advance()) {
       mbarrier_wait(&shared.tile_full[tiles.index], tiles.phase);
-      const Tile& tile = shared.tiles[tiles.index];
+      const Tile<kGroups>& tile = shared.tiles[tiles.index];
       if (tile.request.index == kEnd) return;
       load(tile);
       __syncwarp();
@@ -168,24 +235,22 @@ struct Loader {
 };
 
 // The two warps that take tiles and bring their queries.
-template <typename T, int kHeadDim>
-__device__ void load_queries(const PrefillParams& d, Shared<kHeadDim>& shared, int thread) {
-  using S = Shape<kHeadDim>;
+template <typename T, int kHeadDim, int kGroups>
+__device__ void load_queries(const PrefillParams& d, Shared<kHeadDim, kGroups>& shared,
+                             int thread) {
+  using S = Shape<kHeadDim, kGroups>;
   constexpr int kPieces = kHeadDim / 8;  // of 16 bytes, a row
   const AttentionParams& p = d.attention;
-  const int total = d.tiles * p.kv_heads;
+  const int blocks = static_cast<int>(gridDim.x);
+  int id = blockIdx.x;
   for (Place<2> tiles;; tiles.advance()) {
-    Tile& tile = shared.tiles[tiles.index];
+    Tile<kGroups>& tile = shared.tiles[tiles.index];
     if (thread == 0) {
+      // Found before its place is free.
+      find_tile(d, shared, id, shared.found);
+      if (shared.found.request.index != kEnd) id = blocks + atomicAdd(p.tile_counters, 1);
       mbarrier_wait(&shared.q_empty[tiles.index], tiles.phase ^ 1);
-      for (;;) {
-        const int id = atomicAdd(p.tile_counters, 1);
-        tile.request.index = kEnd;
-        if (id >= total) break;
-        // Late tiles first: under a causal mask they are the heaviest.
-        const int kv_head = id / d.tiles, index = d.tiles - 1 - (id - kv_head * d.tiles);
-        if (find_tile<S::kBlockM>(p, index, kv_head, tile)) break;
-      }
+      tile = shared.found;
       mbarrier_arrive(&shared.tile_full[tiles.index]);
     }
     barrier_sync<64>(kTileTaken);
@@ -194,8 +259,10 @@ __device__ void load_queries(const PrefillParams& d, Shared<kHeadDim>& shared, i
     const bool end = tile.request.index == kEnd;
     if (!end) {
       const uint32_t q = shared_address(shared.q[tiles.index]);
+      int first = thread;
+      recompute(first);  // registers are short
 #pragma unroll 2
-      for (int i = thread; i < S::kBlockM * kPieces; i += 64) {
+      for (int i = first; i < S::kBlockM * kPieces; i += 64) {
         const int row = i / kPieces, piece = i % kPieces, r = min(row0 + row, rows - 1);
         const int query = p.group_divisor(r), head = first_head + r - query * p.group;
         const T* source = static_cast<const T*>(p.q) +
@@ -217,115 +284,156 @@ __device__ void load_queries(const PrefillParams& d, Shared<kHeadDim>& shared, i
     p.tile_counters[0] = p.tile_counters[1] = 0;
 }
 
-template <typename T, int kHeadDim>
-__device__ void compute(const PrefillParams& d, Shared<kHeadDim>& shared, int group) {
-  using S = Shape<kHeadDim>;
+// Element i of lane l % 4 = j becomes element j of lane l % 4 = i, among four neighbours.
+__device__ inline void transpose_quads(uint32_t (&x)[4]) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int step = 1; step < 4; step *= 2) {
+    const bool upper = lane & step;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & step) continue;
+      const uint32_t other = __shfl_xor_sync(~0u, upper ? x[i] : x[i | step], step);
+      (upper ? x[i] : x[i | step]) = other;
+    }
+  }
+}
+
+template <typename T, int kHeadDim, int kGroups>
+__device__ void compute(const PrefillParams& d, Shared<kHeadDim, kGroups>& shared, int group) {
+  using S = Shape<kHeadDim, kGroups>;
   constexpr int kSteps = kHeadDim / 16, kKeySteps = kBlockN / 16;
   const AttentionParams& p = d.attention;
   const int lane = threadIdx.x % 32;
   const int group_row = 64 * group, warp_row = threadIdx.x % 128 / 32 * 16;
-  const auto wait_for_turn = [&] { barrier_sync<256>(kFirstTurn + group); };
+  // Warpgroups take turns to issue products: of a key tile's keys and of the values of the one
+  // before. Who takes no part in a key tile takes the turn all the same: nobody may get so far
+  // ahead or fall so far behind that another waits, in his turn, for a place in a ring that only he
+  // frees.
+  const auto wait_for_turn = [&] {
+    if (kGroups > 2) barrier_sync<256>(kFirstTurn + group);
+  };
   const auto pass_turn = [&] {
-    barrier_arrive<256>(kFirstTurn + (group + 1 == S::kGroups ? 0 : group + 1));
+    if (kGroups > 2) barrier_arrive<256>(kFirstTurn + (group + 1 == kGroups ? 0 : group + 1));
   };
   const auto release = [&](uint64_t* barrier) {
     __syncwarp();
     if (lane == 0) mbarrier_arrive(barrier);
   };
-  if (group == S::kGroups - 1) pass_turn();
+  if (group == kGroups - 1) pass_turn();
 
+  Place<2> q_place;
   Place<S::kStages> k_place, v_place;
-  for (Place<2> q_place;; q_place.advance()) {
-    mbarrier_wait(&shared.q_full[q_place.index], q_place.phase);
-    const Tile& tile = shared.tiles[q_place.index];
-    const int key_tiles = tile.key_tiles;
-    if (tile.request.index == kEnd) return;
+  float out[kHeadDim / 2];
+  float scores[kBlockN / 2];
+  uint32_t weights[kKeySteps][4];
+  float row_max[2] = {}, row_sum[2] = {}, factor[2];
+  bool rescale = false;
 
+  const auto issue_scores = [&] {
     const uint64_t q =
         matrix_descriptor(shared_address(shared.q[q_place.index]) + group_row * kChunkBytes);
-    float out[kHeadDim / 2] = {};
-    float scores[kBlockN / 2];
-    uint32_t weights[kKeySteps][4];
-    float row_max[2] = {-INFINITY, -INFINITY}, row_sum[2] = {}, factor[2];
-    bool rescale = false;
-
-    const auto issue_scores = [&] {
-      const uint64_t k = matrix_descriptor(shared_address(shared.k[k_place.index]));
+    const uint64_t k = matrix_descriptor(shared_address(shared.k[k_place.index]));
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        const int chunk = step / 4, within = step % 4 * 32;
-        wgmma_scores<T>(scores, at_offset(q, chunk * (S::kBlockM * kChunkBytes) + within),
-                        at_offset(k, chunk * (kBlockN * kChunkBytes) + within), step > 0);
-      }
-      wgmma_commit();
-    };
-    const auto issue_values = [&] {
-      const uint64_t v =
-          matrix_descriptor(shared_address(shared.v[v_place.index]), kBlockN * kChunkBytes);
+    for (int step = 0; step < kSteps; ++step) {
+      const int chunk = step / 4, within = step % 4 * 32;
+      wgmma_scores<T>(scores, at_offset(q, chunk * (S::kBlockM * kChunkBytes) + within),
+                      at_offset(k, chunk * (kBlockN * kChunkBytes) + within), step > 0);
+    }
+    wgmma_commit();
+  };
+  const auto issue_values = [&] {
+    const uint64_t v =
+        matrix_descriptor(shared_address(shared.v[v_place.index]), kBlockN * kChunkBytes);
 #pragma unroll
-      for (int step = 0; step < kKeySteps; ++step)
-        wgmma_values<T>(out, weights[step], at_offset(v, step * 16 * kChunkBytes));
-      wgmma_commit();
-    };
-    // Scores become weights, in place; `factor` then is for the sums so far.
-    const auto softmax = [&](int key0) {
-      const KeyRange common = tile.common;
-      if (key0 < common.begin || key0 + kBlockN > common.end) {
-        const Request& request = tile.request;
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const int row = tile.row0 + group_row + warp_row + lane / 4 + 8 * h;
-          const KeyRange visible = request.keys(p, p.group_divisor(min(row, request.rows - 1)));
-#pragma unroll
-          for (int i = 0; i < kBlockN / 4; ++i) {
-            const int key = key0 + i / 2 * 8 + lane % 4 * 2 + i % 2;
-            // By selection: adding -inf would keep a NaN.
-            if (key < visible.begin || key >= visible.end)
-              scores[i / 2 * 4 + 2 * h + i % 2] = -INFINITY;
-          }
-        }
-      }
-      float peak[2] = {-INFINITY, -INFINITY};
-#pragma unroll
-      for (int i = 0; i < kBlockN / 2; ++i) peak[i / 2 % 2] = fmaxf(peak[i / 2 % 2], scores[i]);
-      const bool grown = (peak[0] - row_max[0]) * p.scale_log2e > kRescaleSlack ||
-                         (peak[1] - row_max[1]) * p.scale_log2e > kRescaleSlack;
-      rescale = __any_sync(~0u, grown);
-      if (rescale) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          float x = fmaxf(peak[h], row_max[h]);
-          x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-          x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-          // While a row has seen no key, its sum is 0 and any factor but NaN will do.
-          factor[h] = x == -INFINITY ? 1.0f : exp2_approx((row_max[h] - x) * p.scale_log2e);
-          row_max[h] = x;
-          row_sum[h] *= factor[h];
-        }
-      }
+    for (int step = 0; step < kKeySteps; ++step)
+      wgmma_values<T>(out, weights[step], at_offset(v, step * 16 * kChunkBytes));
+    wgmma_commit();
+  };
+  // Scores become weights, in place; `factor` then is for the sums so far.
+  const auto softmax = [&](const Tile<kGroups>& tile, int key0) {
+    const KeyRange common = tile.own[group].common;
+    if (key0 < common.begin || key0 + kBlockN > common.end) {
+      const Request& request = tile.request;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const float peak_or_0 = row_max[h] == -INFINITY ? 0.0f : row_max[h];
-        const Exponential<false> exponential(peak_or_0, p.scale_log2e);
+        const int row = tile.row0 + group_row + warp_row + lane / 4 + 8 * h;
+        const KeyRange visible = request.keys(p, p.group_divisor(min(row, request.rows - 1)));
 #pragma unroll
         for (int i = 0; i < kBlockN / 4; ++i) {
-          float& score = scores[i / 2 * 4 + 2 * h + i % 2];
-          score = exponential(score);
-          row_sum[h] += score;
+          const int key = key0 + i / 2 * 8 + lane % 4 * 2 + i % 2;
+          // By selection: adding -inf would keep a NaN.
+          if (key < visible.begin || key >= visible.end)
+            scores[i / 2 * 4 + 2 * h + i % 2] = -INFINITY;
         }
       }
-    };
-    const auto pack_weights = [&] {
+    }
+    float peaks[4] = {scores[0], scores[1], scores[2], scores[3]};  // as many in flight
 #pragma unroll
-      for (int step = 0; step < kKeySteps; ++step) {
+    for (int i = 4; i < kBlockN / 2; ++i) peaks[i % 4] = fmaxf(peaks[i % 4], scores[i]);
+    const float peak[2] = {fmaxf(peaks[0], peaks[1]), fmaxf(peaks[2], peaks[3])};
+    const bool grown = (peak[0] - row_max[0]) * p.scale_log2e > kRescaleSlack ||
+                       (peak[1] - row_max[1]) * p.scale_log2e > kRescaleSlack;
+    rescale = __any_sync(~0u, grown);
+    if (rescale) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j)
-          weights[step][j] = pack<T>(scores[8 * step + 2 * j], scores[8 * step + 2 * j + 1]);
+      for (int h = 0; h < 2; ++h) {
+        float x = fmaxf(peak[h], row_max[h]);
+        x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+        x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+        // While a row has seen no key, its sum is 0 and any factor but NaN will do.
+        factor[h] = x == -INFINITY ? 1.0f : exp2_approx((row_max[h] - x) * p.scale_log2e);
+        row_max[h] = x;
+        row_sum[h] *= factor[h];
       }
-    };
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float peak_or_0 = row_max[h] == -INFINITY ? 0.0f : row_max[h];
+      const Exponential<false> exponential(peak_or_0, p.scale_log2e);
+#pragma unroll
+      for (int i = 0; i < kBlockN / 4; ++i) {
+        float& score = scores[i / 2 * 4 + 2 * h + i % 2];
+        score = exponential(score);
+        row_sum[h] += score;
+      }
+    }
+  };
+  const auto pack_weights = [&] {
+#pragma unroll
+    for (int step = 0; step < kKeySteps; ++step) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        weights[step][j] = pack<T>(scores[8 * step + 2 * j], scores[8 * step + 2 * j + 1]);
+    }
+  };
 
-    if (key_tiles > 0) {
-      int key0 = tile.key0 + (key_tiles - 1) * kBlockN;
+  // A key tile that no row of the warpgroup sees.
+  const auto pass = [&] {
+    mbarrier_wait(&shared.k_full[k_place.index], k_place.phase);
+    release(&shared.k_empty[k_place.index]);
+    k_place.advance();
+    wait_for_turn();
+    pass_turn();
+    mbarrier_wait(&shared.v_full[v_place.index], v_place.phase);
+    release(&shared.v_empty[v_place.index]);
+    v_place.advance();
+  };
+
+  for (;; q_place.advance()) {
+    mbarrier_wait(&shared.q_full[q_place.index], q_place.phase);
+    const Tile<kGroups>& tile = shared.tiles[q_place.index];
+    if (tile.request.index == kEnd) return;
+    const int before = tile.own[group].before, count = tile.own[group].count;
+    const int after = tile.key_tiles - before - count;
+#pragma unroll
+    for (int j = 0; j < kHeadDim / 2; ++j) out[j] = 0;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) row_max[h] = -INFINITY, row_sum[h] = 0;
+#pragma unroll 1
+    for (int i = 0; i < before; ++i) pass();
+    if (count > 0) {
+      int key0 = tile.key0 + (after + count - 1) * kBlockN;
       mbarrier_wait(&shared.k_full[k_place.index], k_place.phase);
       wait_for_turn();
       wgmma_fence();
@@ -335,10 +443,10 @@ __device__ void compute(const PrefillParams& d, Shared<kHeadDim>& shared, int gr
       after_wait(scores);
       release(&shared.k_empty[k_place.index]);
       k_place.advance();
-      softmax(key0);
+      softmax(tile, key0);
       pack_weights();
 #pragma unroll 1
-      for (int i = 1; i < key_tiles; ++i) {
+      for (int i = 1; i < count; ++i) {
         key0 -= kBlockN;
         mbarrier_wait(&shared.k_full[k_place.index], k_place.phase);
         wait_for_turn();
@@ -352,7 +460,7 @@ __device__ void compute(const PrefillParams& d, Shared<kHeadDim>& shared, int gr
         after_wait(scores);
         release(&shared.k_empty[k_place.index]);
         k_place.advance();
-        softmax(key0);
+        softmax(tile, key0);
         before_wait(row_sum[0] + row_sum[1]);
         wgmma_wait<0>();
         after_wait(out);
@@ -368,7 +476,7 @@ __device__ void compute(const PrefillParams& d, Shared<kHeadDim>& shared, int gr
     const int rows = tile.request.rows, q_begin = tile.request.q_begin, kv_head = tile.kv_head;
     const int first_row = tile.row0 + group_row + warp_row + lane / 4;
     release(&shared.q_empty[q_place.index]);
-    if (key_tiles > 0) {
+    if (count > 0) {
       mbarrier_wait(&shared.v_full[v_place.index], v_place.phase);
       wgmma_fence();
       issue_values();
@@ -377,39 +485,48 @@ __device__ void compute(const PrefillParams& d, Shared<kHeadDim>& shared, int gr
       release(&shared.v_empty[v_place.index]);
       v_place.advance();
     }
+#pragma unroll 1
+    for (int i = 0; i < after; ++i) pass();
 
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float sum = row_sum[h];
       sum += __shfl_xor_sync(~0u, sum, 1);
       sum += __shfl_xor_sync(~0u, sum, 2);
-      const int row = first_row + 8 * h;
-      if (row >= rows) continue;
+      const int row = min(first_row + 8 * h, rows - 1);
       const int query = p.group_divisor(row), head = kv_head * p.group + row - query * p.group;
       const int64_t token = int64_t{q_begin} + query;
       const RowState state = finish_row(p, row_max[h] * p.scale, sum, head);
       T* destination = static_cast<T*>(p.out) + token * p.out_stride_token +
-                       head * p.out_stride_head + 2 * (lane % 4);
+                       head * p.out_stride_head + 8 * (lane % 4);
 #pragma unroll
-      for (int n = 0; n < kHeadDim / 8; ++n) {
-        *reinterpret_cast<uint32_t*>(destination + 8 * n) =
-            pack<T>(out[4 * n + 2 * h] * state.factor, out[4 * n + 2 * h + 1] * state.factor);
+      for (int n = 0; n < kHeadDim / 8; n += 4) {
+        uint32_t pairs[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const float* two = &out[4 * (n + j) + 2 * h];
+          pairs[j] = pack<T>(two[0] * state.factor, two[1] * state.factor);
+        }
+        transpose_quads(pairs);
+        if (first_row + 8 * h < rows)
+          *reinterpret_cast<uint4*>(destination + 8 * n) = {pairs[0], pairs[1], pairs[2], pairs[3]};
       }
-      if (p.lse && lane % 4 == 0) p.lse[head * p.lse_stride_head + token] = state.lse;
+      if (p.lse && lane % 4 == 0 && first_row + 8 * h < rows)
+        p.lse[head * p.lse_stride_head + token] = state.lse;
     }
   }
 }
 
-template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(Shape<kHeadDim>::kThreads, 1)
+template <typename T, int kHeadDim, int kGroups>
+__global__ void __launch_bounds__(Shape<kHeadDim, kGroups>::kThreads, 1)
     prefill_kernel(const __grid_constant__ PrefillParams d) {
-  using S = Shape<kHeadDim>;
+  using S = Shape<kHeadDim, kGroups>;
   extern __shared__ __align__(1024) char dynamic[];
-  auto& shared = *reinterpret_cast<Shared<kHeadDim>*>(dynamic);
+  auto& shared = *reinterpret_cast<Shared<kHeadDim, kGroups>*>(dynamic);
   if (threadIdx.x == 0) {
     prefetch_tensor_map(&d.k);
     prefetch_tensor_map(&d.v);
-    constexpr int kWarps = 4 * S::kGroups;  // that compute
+    constexpr int kWarps = 4 * kGroups;  // that compute
     for (int i = 0; i < 2; ++i) {
       mbarrier_init(&shared.tile_full[i], 1);
       mbarrier_init(&shared.q_full[i], 2);            // of the warps that bring queries
@@ -424,46 +541,81 @@ __global__ void __launch_bounds__(Shape<kHeadDim>::kThreads, 1)
     mbarrier_init(&shared.landed, 1);
     mbarrier_fence_init();
   }
-  __syncthreads();
   wait_for_previous_kernel();
   allow_next_kernel();
+  count_tiles(d.attention, shared);
   const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);
   if (warpgroup == 0) {
     give_registers_back<S::kLoaderRegisters>();
     const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
     if (warp == 0) {
-      Loader<kHeadDim, false>(d, shared).run();
+      Loader<kHeadDim, kGroups, false>(d, shared).run();
     } else if (warp == 1) {
-      Loader<kHeadDim, true>(d, shared).run();
+      Loader<kHeadDim, kGroups, true>(d, shared).run();
     } else {
-      load_queries<T, kHeadDim>(d, shared, threadIdx.x - 64);
+      load_queries<T>(d, shared, threadIdx.x - 64);
     }
   } else {
     take_registers<S::kComputeRegisters>();
-    compute<T, kHeadDim>(d, shared, warpgroup - 1);
+    compute<T>(d, shared, warpgroup - 1);
   }
+}
+
+template <typename T, int kHeadDim, int kGroups>
+cudaError_t launch(const PrefillParams& d, cudaStream_t stream) {
+  using S = Shape<kHeadDim, kGroups>;
+  constexpr int kBytes = sizeof(Shared<kHeadDim, kGroups>);
+  static_assert(kBytes <= 227 * 1024);
+  const auto kernel = prefill_kernel<T, kHeadDim, kGroups>;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (error != cudaSuccess) return error;
+  return launch_overlapping(
+      Launch<PrefillParams>{kernel, d.attention.multiprocessors, S::kThreads, kBytes}, d, stream);
+}
+
+// How many warpgroups a block has: as many as share their keys well, fewer where that leaves
+// multiprocessors idle or tiles half empty. Requests are taken to be as long as the longest.
+int choose_groups(const AttentionParams& p, int most) {
+  const int64_t rows = int64_t{p.max_seqlen_q} * p.group;
+  const int64_t requests = (p.total_q + p.max_seqlen_q - 1) / p.max_seqlen_q;
+  int best = most;
+  double least = 0;
+  for (int groups = most; groups > 0; --groups) {
+    const int64_t tiles = (rows + 64 * groups - 1) / (64 * groups) * requests * p.kv_heads;
+    // Of a tile: most of it is each warpgroup's own.
+    const double cost = static_cast<double>((tiles + p.multiprocessors - 1) / p.multiprocessors) *
+                        (kTileCost + groups);
+    if (groups == most || cost < least) best = groups, least = cost;
+  }
+  return best;
 }
 
 }  // namespace
 
 template <typename T, int kHeadDim>
 cudaError_t prefill(const AttentionParams& p, cudaStream_t stream) {
-  using S = Shape<kHeadDim>;
+  constexpr int kChunks = kHeadDim / kChunk;
   PrefillParams d{};
   d.attention = p;
   d.box_keys = box_keys(p, kBlockN);
-  d.tiles = most_tiles<S::kBlockM>(p);
-  cudaError_t error = make_tensor_map<T, kHeadDim>(&d.k, p.k, p.kv_heads, d.box_keys, 1);
+  const int64_t head_bytes = int64_t{4} * kHeadDim * p.max_seqlen_k;
+  d.section_heads =
+      static_cast<int>(std::clamp<int64_t>(kSectionBytes / head_bytes, 1, p.kv_heads));
+  cudaError_t error = make_tensor_map<T>(&d.k, p.k, p.kv_heads, kChunks, d.box_keys, 1);
   if (error == cudaSuccess)
-    error = make_tensor_map<T, kHeadDim>(&d.v, p.v, p.kv_heads, d.box_keys, 1);
+    error = make_tensor_map<T>(&d.v, p.v, p.kv_heads, kChunks, d.box_keys, 1);
   if (error != cudaSuccess) return error;
-  constexpr int kBytes = sizeof(Shared<kHeadDim>);
-  static_assert(kBytes <= 227 * 1024);
-  const auto kernel = prefill_kernel<T, kHeadDim>;
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  if (error != cudaSuccess) return error;
-  const Launch<PrefillParams> launch{kernel, p.multiprocessors, S::kThreads, kBytes, 1};
-  return launch_overlapping(launch, d, stream);
+  // Rows of a head_dim of 64 are cheap, so there can be more of them.
+  constexpr int kMostGroups = kHeadDim == 64 ? 3 : 2;
+  switch (choose_groups(p, kMostGroups)) {
+    case 1:
+      return launch<T, kHeadDim, 1>(d, stream);
+    case 2:
+      return launch<T, kHeadDim, 2>(d, stream);
+    default:
+      return launch<T, kHeadDim, kMostGroups>(d, stream);
+  }
 }
 
 template cudaError_t prefill<SPARSEK_DTYPE, SPARSEK_HEAD_DIM>(const AttentionParams&, cudaStream_t);

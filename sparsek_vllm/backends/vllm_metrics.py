@@ -68,5 +68,4 @@ def _path() -> str:
     if current_platform.is_cpu():
         return "reference"
     capability = current_platform.get_device_capability()  # makes no CUDA context, unlike torch's
-    chosen = get_default_config().kernels
-    return kernels.path_for_capability(capability.major, capability.minor, chosen)
+    return kernels.path_for_capability(capability.major, capability.minor, get_default_config())

@@ -107,7 +107,7 @@ class Paged:
 
     def contenders(self) -> dict[str, Call]:
         calls: dict[str, Call] = {OURS: self.ours()}
-        if get_default_config().kernels == "hopper":
+        if get_default_config().kernels == "hopper":  # asked for: what do they gain?
             calls[PORTABLE] = _with_portable(calls[OURS])
         for name, make in (
             ("FA3", self.flash_attention),

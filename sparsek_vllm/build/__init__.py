@@ -62,7 +62,7 @@ class Variant:
     block_n: int = 64
     num_stages: int = 2
     num_warps: int = 4
-    hopper: bool = False
+    hopper: bool = True
     fast_math: bool = True
     lineinfo: bool = False
     debug: bool = False

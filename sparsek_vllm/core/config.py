@@ -53,11 +53,11 @@ class Config:
         use_tma: copy tiles with the tensor memory accelerator.
         cutlass_path: a CUTLASS installation, for kernels that borrow from it.
         build_dir: where compiled kernels are cached.
-        kernels: ``"portable"``, ``"hopper"`` (Hopper's own where there is one, portable ones for
-            the rest), or ``"auto"``: the quickest that has been measured on such a GPU. That is
-            portable: Hopper's own kernels have run in emulation only, and have to be asked for.
+        kernels: ``"hopper"`` (Hopper's own where there is one, portable ones for the rest),
+            ``"portable"``, or ``"auto"``: Hopper's own on Hopper, portable ones elsewhere.
 
-    The default values of the tile fields leave the choice to the dispatcher.
+    The fields from ``block_m`` to ``num_warps`` and from ``persistent_kernel`` to ``use_tma`` are
+    those of the portable kernels: with one of them not at its default, ``"auto"`` is portable.
 
     Raises:
         ValueError: a field has a value that no kernel can have.

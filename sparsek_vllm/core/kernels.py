@@ -36,7 +36,7 @@ def variant(config: _config.Config) -> build.Variant:
     }
     wanted = build.Variant(
         **tiles,
-        hopper=config.kernels == "hopper",
+        hopper=wants_hopper(config),
         fast_math=config.use_fast_math,
         lineinfo=config.enable_profiling,
         debug=config.debug_mode,
@@ -49,6 +49,25 @@ def variant(config: _config.Config) -> build.Variant:
             "fields at their defaults are chosen for you"
         )
     return wanted
+
+
+_DEFAULTS = _config.Config()
+_PORTABLE_FIELDS = (
+    "block_m",
+    "block_n",
+    "num_stages",
+    "num_warps",
+    "persistent_kernel",
+    "warp_specialized",
+    "use_tma",
+)
+
+
+def wants_hopper(config: _config.Config) -> bool:
+    """Whether Hopper's own kernels serve on Hopper."""
+    if config.kernels != "auto":
+        return config.kernels == "hopper"
+    return all(getattr(config, name) == getattr(_DEFAULTS, name) for name in _PORTABLE_FIELDS)
 
 
 def available() -> bool:
@@ -103,29 +122,26 @@ def path_for(device: torch.device) -> str:
         return "reference"
     if device.type == "cuda":
         index = device.index if device.index is not None else -1
-        return _cuda_path(index, _config.get_default_config().kernels)
+        return path_for_capability(*_capability(index), _config.get_default_config())
     raise ValueError(f"tensors must be on cpu or cuda, got {device}")
 
 
 @functools.cache
-def _cuda_path(index: int, chosen: str) -> str:
+def _capability(index: int) -> tuple[int, int]:
     device = None if index < 0 else index
     capability = torch.cuda.get_device_capability(device)
-    path = path_for_capability(*capability, chosen)
-    if capability[0] != 9:
+    if capability[0] > 9:
         _logger.warning(
             "%s (sm_%d%d) has never been run on: the portable kernels are used, from machine code "
             "for sm_100 or through its PTX",
             torch.cuda.get_device_name(device),
             *capability,
         )
-    return path
+    return capability
 
 
-def path_for_capability(major: int, minor: int, chosen: str = "auto") -> str:
+def path_for_capability(major: int, minor: int, config: _config.Config) -> str:
     """Name of the implementation on a GPU of that compute capability.
-
-    ``chosen`` is ``Config.kernels``.
 
     Raises:
         RuntimeError: it is older than Hopper, or not Hopper where its kernels are asked for.
@@ -135,11 +151,9 @@ def path_for_capability(major: int, minor: int, chosen: str = "auto") -> str:
             "GPU architecture must be sm_90a or sm_100 (Hopper or Blackwell), "
             f"got sm_{major}{minor}"
         )
-    if chosen == "hopper":
-        if major > 9:
-            raise RuntimeError(f'Config.kernels is "hopper", and the GPU is sm_{major}{minor}')
-        return "hopper"
-    return "portable"
+    if config.kernels == "hopper" and major > 9:
+        raise RuntimeError(f'Config.kernels is "hopper", and the GPU is sm_{major}{minor}')
+    return "hopper" if major == 9 and wants_hopper(config) else "portable"
 
 
 _workspaces: dict[tuple[int, int], torch.Tensor] = {}

@@ -93,17 +93,16 @@ struct alignas(1024) Block {
 };
 
 // Blocks that run at the same time.
-struct Cluster {
+struct Wave {
   std::deque<Block> blocks;
   Index grid{};
-  int alive = 0;    // threads that have not ended
-  Barrier barrier;  // of those
+  int alive = 0;  // threads that have not ended
   std::map<const void*, Phases> phases;
   std::vector<std::function<void()>> copies;  // by the tensor memory accelerator, not made yet
 };
 
 inline Thread* current = nullptr;
-inline Cluster cluster;
+inline Wave wave;
 inline jmp_buf scheduler;
 inline size_t shared_bytes = 0;  // that the running kernel asked for
 inline const std::function<void()>* body = nullptr;
@@ -112,15 +111,9 @@ inline uint64_t shared_version = 0;  // changes with the tiles in shared memory
 
 inline char* dynamic_shared() { return current->block->shared; }
 
-// Memory in the dynamic part of shared memory: this block's, or that of another of the cluster,
-// whose rank and 1 are in the address's high byte.
 inline char* at_shared(uint32_t address, size_t bytes) {
-  Block* block = current->block;
-  if (address >> 24) block = &cluster.blocks.at((address >> 24) - 1);
-  if (!block->alive) fail("shared memory of a block that has ended");
-  address &= 0xffffff;
   if (address + bytes > shared_bytes) fail("shared memory address out of bounds");
-  return block->shared + address;
+  return current->block->shared + address;
 }
 
 inline void wait(Barrier& barrier) {
@@ -158,7 +151,7 @@ inline void pause() {
 
 // Copies that nobody waits for yet come in any order, at any time.
 inline void make_a_copy() {
-  auto& copies = cluster.copies;
+  auto& copies = wave.copies;
   std::swap(copies[random_numbers() % copies.size()], copies.back());
   const auto copy = std::move(copies.back());
   copies.pop_back();
@@ -209,23 +202,22 @@ inline void start(size_t thread) {
   swapcontext(&returns, &context);  // comes back through `scheduler`
 }
 
-inline void run_cluster(std::vector<Thread>& threads, std::vector<Warp>& warps) {
+inline void run_wave(std::vector<Thread>& threads, std::vector<Warp>& warps) {
   const int count = static_cast<int>(threads.size());
-  for (Block& block : cluster.blocks) {
+  for (Block& block : wave.blocks) {
     std::memset(block.shared, 0xff, sizeof(block.shared));  // NaN in every format
     block.barrier = {static_cast<int>(block.threads)};
     block.alive = block.threads;
     for (Barrier& named : block.named) named = {};
   }
   ++shared_version;
-  cluster.phases.clear();
-  cluster.barrier = {count};
-  cluster.alive = count;
+  wave.phases.clear();
+  wave.alive = count;
   for (auto& warp : warps) warp = {.barrier = {32}};
   std::vector<char> started(count, 0);
   for (int i = 0; i < count; ++i) {
     Thread& thread = threads[i];
-    thread.block = &cluster.blocks[i / cluster.blocks[0].threads];
+    thread.block = &wave.blocks[i / wave.blocks[0].threads];
     thread.thread_idx = {static_cast<unsigned>(i) % thread.block->threads, 0, 0};
     thread.warp = &warps[i / 32];
     thread.lane = i % 32;
@@ -235,14 +227,14 @@ inline void run_cluster(std::vector<Thread>& threads, std::vector<Warp>& warps) 
     thread.products.assign(1, {});
   }
   std::vector<int> ready;
-  while (cluster.alive > 0) {
+  while (wave.alive > 0) {
     ready.clear();
     for (int i = 0; i < count; ++i) {
       const Thread& t = threads[i];
       const bool blocked = t.waits_for && t.waits_for->round == t.waits_round;
       if (!t.done && !t.paused && !blocked) ready.push_back(i);
     }
-    if (!cluster.copies.empty() && (ready.empty() || random_numbers() % 64 == 0)) {
+    if (!wave.copies.empty() && (ready.empty() || random_numbers() % 64 == 0)) {
       make_a_copy();
       continue;
     }
@@ -263,17 +255,16 @@ inline void run_cluster(std::vector<Thread>& threads, std::vector<Warp>& warps) 
         start(static_cast<size_t>(i));
       }
       if (current->done) {
-        --cluster.alive;
+        --wave.alive;
         --current->block->alive;
-        --cluster.barrier.expected;
       }
     }
   }
-  if (!cluster.copies.empty()) fail("a block ends before its copies have come");
+  if (!wave.copies.empty()) fail("a block ends before its copies have come");
 }
 
 template <typename Kernel, typename Parameters>
-inline void launch_clusters(Kernel kernel, dim3 grid, unsigned count, size_t bytes, unsigned size,
+inline void launch_in_waves(Kernel kernel, dim3 grid, unsigned count, size_t bytes, unsigned size,
                             const Parameters& parameters) {
   const unsigned blocks = grid.x * grid.y * grid.z;
   if (count % 32 || bytes > kSharedBytes || blocks % size) fail("bad launch");
@@ -282,33 +273,33 @@ inline void launch_clusters(Kernel kernel, dim3 grid, unsigned count, size_t byt
   const std::function<void()> call = [&] { kernel(parameters); };
   body = &call;
   shared_bytes = bytes;
-  cluster.grid = {grid.x, grid.y, grid.z};
-  while (cluster.blocks.size() < size) cluster.blocks.emplace_back();
-  while (cluster.blocks.size() > size) cluster.blocks.pop_back();
+  wave.grid = {grid.x, grid.y, grid.z};
+  while (wave.blocks.size() < size) wave.blocks.emplace_back();
+  while (wave.blocks.size() > size) wave.blocks.pop_back();
   std::vector<unsigned> order(blocks / size);
   std::iota(order.begin(), order.end(), 0);
   std::shuffle(order.begin(), order.end(), random_numbers);
   for (const unsigned first : order) {
     for (unsigned rank = 0; rank < size; ++rank) {
       const unsigned i = first * size + rank;
-      cluster.blocks[rank].threads = count;
-      cluster.blocks[rank].index = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
+      wave.blocks[rank].threads = count;
+      wave.blocks[rank].index = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
     }
-    run_cluster(threads, warps);
+    run_wave(threads, warps);
   }
 }
 
 template <typename Kernel, typename Parameters>
 inline void launch(Kernel kernel, dim3 grid, unsigned count, size_t bytes, cudaStream_t,
                    const Parameters& parameters) {
-  launch_clusters(kernel, grid, count, bytes, 1, parameters);
+  launch_in_waves(kernel, grid, count, bytes, 1, parameters);
 }
 
 }  // namespace emulator
 
 #define threadIdx (emulator::current->thread_idx)
 #define blockIdx (emulator::current->block->index)
-#define gridDim (emulator::cluster.grid)
+#define gridDim (emulator::wave.grid)
 #define blockDim (emulator::Index{emulator::current->block->threads, 1, 1})
 
 template <typename... Parameters>
@@ -344,6 +335,8 @@ template <typename T>
 inline T __ldcg(const T* address) {
   return *address;
 }
+inline unsigned __float_as_uint(float x) { return __builtin_bit_cast(unsigned, x); }
+inline float __uint_as_float(unsigned x) { return __builtin_bit_cast(float, x); }
 inline float __frcp_rn(float x) { return 1 / x; }
 template <typename A, typename B>
 constexpr std::common_type_t<A, B> min(A a, B b) {

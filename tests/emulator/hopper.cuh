@@ -20,21 +20,18 @@ static_assert(sizeof(TensorMap) <= sizeof(CUtensorMap));
 namespace sparsek {
 
 inline void mbarrier_init(uint64_t* barrier, int arrivals) {
-  emulator::cluster.phases[barrier] = {.expected = arrivals};
+  emulator::wave.phases[barrier] = {.expected = arrivals};
 }
 inline void mbarrier_fence_init() {}
 inline void mbarrier_arrive_expect(uint64_t* barrier, int bytes) {
-  auto& phases = emulator::cluster.phases.at(barrier);
+  auto& phases = emulator::wave.phases.at(barrier);
   phases.bytes += bytes;
   if (++phases.arrived > phases.expected) emulator::fail("too many arrivals at an mbarrier");
   emulator::end_phase_if_complete(phases);
 }
 inline void mbarrier_arrive(uint64_t* barrier) { mbarrier_arrive_expect(barrier, 0); }
-inline void mbarrier_arrive_times(uint64_t* barrier, int count) {
-  while (count-- > 0) mbarrier_arrive(barrier);
-}
 inline void mbarrier_wait(uint64_t* barrier, int parity) {
-  emulator::wait(emulator::cluster.phases.at(barrier), parity);
+  emulator::wait(emulator::wave.phases.at(barrier), parity);
 }
 
 // Elements of two bytes, in boxes of rows of 128 bytes, swizzled.
@@ -42,10 +39,10 @@ inline void tensor_copy(void* destination, const CUtensorMap* map, uint64_t* bar
                         int c1, int c2, int c3, int c4) {
   emulator::TensorMap tensor;
   std::memcpy(&tensor, map, sizeof(tensor));
-  auto& phases = emulator::cluster.phases.at(barrier);
+  auto& phases = emulator::wave.phases.at(barrier);
   const uint32_t base = shared_address(destination);
   char* to = emulator::at_shared(base, size_t{128} * tensor.box[1] * tensor.box[2]);
-  emulator::cluster.copies.push_back([=, &phases] {
+  emulator::wave.copies.push_back([=, &phases] {
     const int64_t at[5] = {c0, c1, c2, c3, c4};
     if (base % 1024) emulator::fail("a swizzled box is not aligned to 1024 bytes");
     int64_t rows = 1;
@@ -71,47 +68,21 @@ inline void tensor_copy(void* destination, const CUtensorMap* map, uint64_t* bar
 }
 inline void prefetch_tensor_map(const CUtensorMap*) {}
 
-inline int cluster_size() { return static_cast<int>(emulator::cluster.blocks.size()); }
-// In one step: who has arrived waits at once.
-inline void cluster_arrive() { emulator::wait(emulator::cluster.barrier); }
-inline void cluster_arrive_relaxed() { cluster_arrive(); }
-inline void cluster_wait() {}
-inline uint32_t remote_address(const void* pointer, int rank) {
-  return shared_address(pointer) | static_cast<uint32_t>(rank + 1) << 24;
-}
-inline float load_remote(uint32_t address) {
-  return *reinterpret_cast<float*>(emulator::at_shared(address, 4));
-}
-inline float4 load_remote_4(uint32_t address) {
-  return *reinterpret_cast<float4*>(emulator::at_shared(address, 16));
-}
-inline void mbarrier_arrive_remote(uint32_t barrier) {
-  mbarrier_arrive(reinterpret_cast<uint64_t*>(emulator::at_shared(barrier, 8)));
-}
-
-inline void mbarrier_arrive_remote_relaxed(uint32_t barrier) { mbarrier_arrive_remote(barrier); }
-inline void mbarrier_wait_for_cluster(uint64_t* barrier, int parity) {
-  mbarrier_wait(barrier, parity);
-}
-
 inline void wait_for_previous_kernel() {}
 inline void allow_next_kernel() {}
 
 template <typename Parameters>
 struct Launch {
   void (*kernel)(Parameters);
-  int blocks, threads, shared_bytes, cluster;
+  int blocks, threads, shared_bytes;
 };
+// One block a multiprocessor: all run at the same time.
 template <typename Parameters>
 cudaError_t launch_overlapping(const Launch<Parameters>& launch, const Parameters& parameters,
                                cudaStream_t) {
-  emulator::launch_clusters(launch.kernel, dim3(launch.blocks), launch.threads, launch.shared_bytes,
-                            launch.cluster, parameters);
+  emulator::launch_in_waves(launch.kernel, dim3(launch.blocks), launch.threads, launch.shared_bytes,
+                            launch.blocks, parameters);
   return cudaSuccess;
-}
-template <typename Parameters>
-cudaError_t active_clusters(const Launch<Parameters>& launch, int* clusters) {
-  return *clusters = launch.cluster ? launch.blocks / launch.cluster : 0, cudaSuccess;
 }
 
 }  // namespace sparsek

@@ -15,4 +15,4 @@ if target.NAME != "cuda":
     pytest.exit(f"tests/gpu need SPARSEK_TEST_DEVICE=cuda, got {target.NAME}", returncode=2)
 
 # A forked engine cannot use CUDA once this process has.
-os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
+os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")

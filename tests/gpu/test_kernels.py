@@ -216,7 +216,7 @@ def test_variants_of_the_configuration(fields: dict) -> None:
     config = dataclasses.replace(Config.from_env(), **fields)
     try:
         set_default_config(config)
-        batch.check()
+        batch.check(path="hopper" if kernels.wants_hopper(config) else "portable")
         assert kernels.variant(config) in kernels.loaded()
     finally:
         set_default_config(None)
