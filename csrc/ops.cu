@@ -32,6 +32,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+constexpr double kLog2e = 1.4426950408889634;
+
 void check(bool condition, const std::string& message) {
   if (!condition) throw std::runtime_error(message);
 }
@@ -157,6 +159,32 @@ struct LaunchAttention {
   }
 };
 
+// Fills in what depends on the device, and launches.
+void run_attention(AttentionParams& p, const Tensor& q, const OptionalTensor& workspace,
+                   int64_t min_seqlen_q, int64_t max_seqlen_q, int64_t max_seqlen_k) {
+  const int64_t head_dim = q.size(q.dim() - 1);
+  // A few tiles of rows re-read keys from L2 at little cost, and only decode splits long keys.
+  p.decode_rows = (max_seqlen_k >= 1024 ? 4 : 1) * portable::kDecodeRows;
+  p.most_rows = std::min<int64_t>(max_seqlen_q * p.group, p.decode_rows);
+  const bool with_prefill = max_seqlen_q * p.group > p.decode_rows;
+  const bool with_decode = min_seqlen_q * p.group <= p.decode_rows;
+
+  const DeviceScope device(q);
+  p.multiprocessors = device.multiprocessors();
+  const int64_t blocks = p.multiprocessors * portable::kDecodeBlocksPerMultiprocessor;
+  const int64_t tile_counters = 4, counters = tile_counters + (blocks + 3) / 4 * 4;
+  const int64_t floats =
+      counters + 2 * blocks * portable::decode_part_floats(static_cast<int>(head_dim));
+  check(workspace && workspace->scalar_type() == ScalarType::Float && workspace->numel() >= floats,
+        "workspace must hold " + std::to_string(floats) + " float32 zeros");
+  p.tile_counters = static_cast<int*>(workspace->data_ptr());
+  p.arrivals = p.tile_counters + tile_counters;
+  p.partials = static_cast<float*>(workspace->data_ptr()) + counters;
+  for_type_and_size(
+      q.scalar_type(), head_dim,
+      LaunchAttention{p, with_prefill, with_decode, device.is_hopper(), device.stream()});
+}
+
 void varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
                       const Tensor& seq_lens, const OptionalTensor& block_table,
                       const OptionalTensor& k_starts, const OptionalTensor& q_offsets,
@@ -165,7 +193,7 @@ void varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
                       const OptionalTensor& workspace, int64_t min_seqlen_q, int64_t max_seqlen_q,
                       int64_t max_seqlen_k, double scale, int64_t window_left, int64_t window_right,
                       double softcap, Tensor out, OptionalTensor lse) {
-  const int64_t batch = seq_lens.size(0), total_q = q.size(0), head_dim = q.size(2);
+  const int64_t batch = seq_lens.size(0), total_q = q.size(0);
   if (batch == 0 || total_q == 0) return;
   const int64_t kv_heads = k.size(k.dim() - 2);
   check(k.scalar_type() == q.scalar_type() && !k_scale && !v_scale,
@@ -219,7 +247,7 @@ void varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
   p.total_q = static_cast<int>(total_q);
   p.max_seqlen_q = static_cast<int>(std::clamp<int64_t>(max_seqlen_q, 1, total_q));
   p.scale = static_cast<float>(scale);
-  p.scale_log2e = static_cast<float>(scale * 1.4426950408889634);
+  p.scale_log2e = static_cast<float>(scale * kLog2e);
   p.softcap = static_cast<float>(softcap);
   // Large enough for any position, small enough that no sum overflows.
   const int64_t unlimited = int64_t{1} << 30;
@@ -227,26 +255,52 @@ void varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
   p.window_left = static_cast<int>(window_left < unlimited ? window_left : -1);
   p.window_right = static_cast<int>(window_right < unlimited ? window_right : -1);
 
-  // A few tiles of rows re-read keys from L2 at little cost, and only decode splits long keys.
-  p.decode_rows = (max_seqlen_k >= 1024 ? 4 : 1) * portable::kDecodeRows;
-  p.most_rows = std::min<int64_t>(max_seqlen_q * p.group, p.decode_rows);
-  const bool with_prefill = max_seqlen_q * p.group > p.decode_rows;
-  const bool with_decode = min_seqlen_q * p.group <= p.decode_rows;
+  run_attention(p, q, workspace, min_seqlen_q, max_seqlen_q, max_seqlen_k);
+}
 
-  const DeviceScope device(q);
-  p.multiprocessors = device.multiprocessors();
-  const int64_t blocks = p.multiprocessors * portable::kDecodeBlocksPerMultiprocessor;
-  const int64_t tile_counters = 4, counters = tile_counters + (blocks + 3) / 4 * 4;
-  const int64_t floats =
-      counters + 2 * blocks * portable::decode_part_floats(static_cast<int>(head_dim));
-  check(workspace && workspace->scalar_type() == ScalarType::Float && workspace->numel() >= floats,
-        "workspace must hold " + std::to_string(floats) + " float32 zeros");
-  p.tile_counters = static_cast<int*>(workspace->data_ptr());
-  p.arrivals = p.tile_counters + tile_counters;
-  p.partials = static_cast<float*>(workspace->data_ptr()) + counters;
-  for_type_and_size(
-      q.scalar_type(), head_dim,
-      LaunchAttention{p, with_prefill, with_decode, device.is_hopper(), device.stream()});
+// The same number of queries and keys for all, without a mask. All of [B, H, S, D], or all of that
+// after a transposition from [B, S, H, D].
+void attention(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& workspace,
+               double scale, Tensor out) {
+  const int64_t batch = q.size(0), heads = q.size(1), rows = q.size(2);
+  if (batch * heads * rows == 0) return;
+  check(batch * heads * rows < (int64_t{1} << 31), "q has too many rows");
+  bool by_head = true, by_token = true;  // how rows are packed: heads then tokens, or as tokens
+  for (const auto& [name, tensor] :
+       {std::pair<const char*, const Tensor*>{"q", &q}, {"k", &k}, {"v", &v}, {"out", &out}}) {
+    check_aligned(name, *tensor);
+    const auto packed = [&](int dim, int inner, int64_t count) {
+      return tensor->size(dim) == 1 || tensor->stride(dim) == count * tensor->stride(inner);
+    };
+    by_head &= packed(1, 2, rows) && packed(0, 1, heads);
+    by_token &= packed(0, 2, rows);
+  }
+  check(by_head || by_token, "q, k, v and out must be [B, H, S, D] or transposed [B, S, H, D]");
+  AttentionParams p{};
+  const int64_t requests = by_head ? batch * heads : batch;
+  const auto packed_tensor = [&](const Tensor& tensor) -> KVTensor {
+    return {tensor.data_ptr(), 0, tensor.stride(2), by_head ? 0 : tensor.stride(1), 1,
+            requests * rows};
+  };
+  p.q = q.data_ptr();
+  p.out = out.data_ptr();
+  p.k = packed_tensor(k);
+  p.v = packed_tensor(v);
+  p.q_stride_token = q.stride(2);
+  p.out_stride_token = out.stride(2);
+  p.q_stride_head = by_head ? 0 : q.stride(1);
+  p.out_stride_head = by_head ? 0 : out.stride(1);
+  p.block_divisor = FastDivisor(uint32_t{1} << 31);
+  p.batch = static_cast<int>(requests);
+  p.kv_heads = by_head ? 1 : static_cast<int>(heads);
+  p.group = 1;
+  p.group_divisor = FastDivisor(1);
+  p.total_q = static_cast<int>(requests * rows);
+  p.max_seqlen_q = p.max_seqlen_k = static_cast<int>(rows);
+  p.scale = static_cast<float>(scale);
+  p.scale_log2e = static_cast<float>(scale * kLog2e);
+  p.window_left = p.window_right = -1;
+  run_attention(p, q, workspace, rows, rows, rows);
 }
 
 void write_kv(const Tensor& key, const Tensor& value, Tensor k_cache, Tensor v_cache,
@@ -330,6 +384,7 @@ void merge_states(const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b,
 
 STABLE_TORCH_LIBRARY_IMPL(SPARSEK_NAMESPACE, CUDA, m) {
   m.impl("varlen_attention", TORCH_BOX(&sparsek::varlen_attention));
+  m.impl("attention", TORCH_BOX(&sparsek::attention));
   m.impl("write_kv", TORCH_BOX(&sparsek::write_kv));
   m.impl("merge_states", TORCH_BOX(&sparsek::merge_states));
 }

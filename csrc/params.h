@@ -49,6 +49,8 @@ struct AttentionParams {
   KVTensor k, v;
   int64_t q_stride_token, q_stride_head, out_stride_token, out_stride_head, lse_stride_head;
 
+  // Null for requests that have max_seqlen_q queries and max_seqlen_k keys each, one behind the
+  // other.
   const int *cu_seqlens_q, *seq_lens;
   const int* block_table;  // null for packed K and V
   int64_t block_table_stride;

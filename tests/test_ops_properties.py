@@ -28,6 +28,7 @@ from sparsek_vllm.core import (
     varlen_attention,
     write_kv,
 )
+from sparsek_vllm.core.ops import attention
 
 pytestmark = pytest.mark.on_kernels
 
@@ -706,3 +707,35 @@ def test_opcheck(device):
     ]
     for op, args in calls:
         torch.library.opcheck(op.default, args, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("layout", ["heads first", "tokens first", "neither"])
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 3, 70, 64), (1, 2, 1, 128), (3, 1, 20, 64), (2, 2, 1, 64), (1, 1, 130, 128)],
+    ids=str,
+)
+def test_attention_of_equal_lengths(shape, layout, device):
+    """Each batch entry and head by itself, whatever the memory order."""
+    batch, heads, rows, head_dim = shape
+    random = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(shape, generator=random).to(WIDEST) for _ in "qkv"]
+    expected = torch.stack(
+        [
+            oracle.attention(
+                *(t[b].transpose(0, 1) for t in inputs), scale=0.1, offset=0, window=(-1, -1)
+            )[0].transpose(0, 1)
+            for b in range(batch)
+        ]
+    )
+    given = [t.to(device) for t in inputs]
+    if layout == "tokens first":
+        given = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in given]
+    elif layout == "neither":
+        given[1] = nan_filled(batch, heads, rows + 1, head_dim, dtype=WIDEST, device=device)[
+            :, :, :rows
+        ].copy_(given[1])
+    with on_path("attention", device):
+        out = attention(*given, 0.1)
+    assert out.shape == shape
+    assert_near(out, expected, OUT_TOLERANCE[WIDEST])

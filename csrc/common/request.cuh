@@ -26,6 +26,11 @@ struct KeyRange {
   int begin, end;  // empty where begin >= end
 };
 
+// In the packed queries.
+__device__ inline int first_query(const AttentionParams& p, int b) {
+  return p.cu_seqlens_q ? p.cu_seqlens_q[b] : b * p.max_seqlen_q;
+}
+
 // Positions of keys count from the beginning of a request's first page, or of the packed tensor:
 // its own keys are those from `start` on.
 struct Request {
@@ -33,10 +38,11 @@ struct Request {
 
   Request() = default;
   __device__ Request(const AttentionParams& p, int b) : index(b) {
-    q_begin = p.cu_seqlens_q[b];
-    const int queries = p.cu_seqlens_q[b + 1] - q_begin, keys = p.seq_lens[b];
+    q_begin = first_query(p, b);
+    const int queries = first_query(p, b + 1) - q_begin;
+    const int keys = p.seq_lens ? p.seq_lens[b] : p.max_seqlen_k;
     rows = queries * p.group;
-    start = p.k_starts ? p.k_starts[b] : 0;
+    start = p.k_starts ? p.k_starts[b] : p.seq_lens ? 0 : b * p.max_seqlen_k;
     end = start + keys;
     offset = start + (p.q_offsets ? p.q_offsets[b] : keys - queries);
   }
@@ -76,7 +82,7 @@ __device__ inline int inclusive_sum(int own, int (&warp_sums)[kThreads / 32]) {
 // before it that needs no sum over the requests, so that a binary search finds a tile's request.
 template <int kRows>
 __device__ inline int first_tile(const AttentionParams& p, int b) {
-  return static_cast<int>(int64_t{p.cu_seqlens_q[b]} * p.group / kRows) + b;
+  return static_cast<int>(int64_t{first_query(p, b)} * p.group / kRows) + b;
 }
 template <int kRows>
 __device__ inline int request_of_tile(const AttentionParams& p, int tile) {

@@ -188,7 +188,7 @@ struct Finish {
   __device__ void store(int row, int column, float peak, float sum, float4 value) const {
     const int r = segment.row0 + row, query = p.group_divisor(r);
     const int head = segment.kv_head * p.group + r - query * p.group;
-    const int64_t token = int64_t{p.cu_seqlens_q[segment.request]} + query;
+    const int64_t token = int64_t{first_query(p, segment.request)} + query;
     const RowState state = finish_row(p, peak * (kGeneral ? 1.0f : p.scale), sum, head);
     uint2* destination = reinterpret_cast<uint2*>(
         static_cast<T*>(p.out) + token * p.out_stride_token + head * p.out_stride_head + column);

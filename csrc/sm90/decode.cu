@@ -218,8 +218,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
         for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i)
-            grown |= (scores[t][i] - row_max[t][i % 2]) * exponent_scale > kRescaleSlack;
+          for (int i = 0; i < 4; ++i) grown |= scores[t][i] > row_max[t][i % 2];
         }
         if (__any_sync(~0u, grown)) {
 #pragma unroll

@@ -20,7 +20,7 @@ namespace {
 constexpr int kBlockN = 128;
 constexpr int kChunkBytes = 2 * kChunk;  // a row of a chunk
 constexpr int kEnd = -1;                 // in place of a request: there are no more tiles
-constexpr int kSectionBytes = 32 << 20;  // half of the L2 cache
+constexpr int kSectionBytes = 40 << 20;  // of 50 or 60 MB of L2 cache
 constexpr double kTileCost = 3;          // of a tile, where a warpgroup's part of it costs 1
 
 enum Barrier : int { kTileTaken = 1, kFirstTurn = 2 };
@@ -83,7 +83,7 @@ struct Place {
 // Tiles of a request. Those of few rows are the decode kernel's.
 template <int kBlockM>
 __device__ int tiles_of(const AttentionParams& p, int b) {
-  const int rows = (p.cu_seqlens_q[b + 1] - p.cu_seqlens_q[b]) * p.group;
+  const int rows = (first_query(p, b + 1) - first_query(p, b)) * p.group;
   return rows > p.decode_rows ? (rows + kBlockM - 1) / kBlockM : 0;
 }
 
@@ -116,11 +116,10 @@ __device__ void find_tile(const PrefillParams& d, const Shared<kHeadDim, kGroups
   if (id >= total * p.kv_heads) return;
   // Late tiles first: under a causal mask they are the heaviest, and the light ones at the end even
   // out. The KV heads of a section go together.
-  const int section = id / (total * d.section_heads), head0 = section * d.section_heads;
-  const int heads = min(d.section_heads, p.kv_heads - head0);
+  const int section = id / (total * d.section_heads);
   const int within = id - section * total * d.section_heads;
-  found.kv_head = head0 + within % heads;
-  const int tile = total - 1 - within / heads;
+  const int tile = total - 1 - within / d.section_heads;
+  found.kv_head = section * d.section_heads + within % d.section_heads;
   int thread = 0;
   for (int end = S::kThreads - 1; thread < end;) {
     const int middle = (thread + end) / 2;
@@ -599,9 +598,12 @@ cudaError_t prefill(const AttentionParams& p, cudaStream_t stream) {
   PrefillParams d{};
   d.attention = p;
   d.box_keys = box_keys(p, kBlockN);
+  // Sections are alike: a small one at the end would leave multiprocessors idle.
   const int64_t head_bytes = int64_t{4} * kHeadDim * p.max_seqlen_k;
-  d.section_heads =
-      static_cast<int>(std::clamp<int64_t>(kSectionBytes / head_bytes, 1, p.kv_heads));
+  d.section_heads = p.kv_heads;
+  while (d.section_heads > 1 &&
+         (p.kv_heads % d.section_heads || d.section_heads * head_bytes > kSectionBytes))
+    --d.section_heads;
   cudaError_t error = make_tensor_map<T>(&d.k, p.k, p.kv_heads, kChunks, d.box_keys, 1);
   if (error == cudaSuccess)
     error = make_tensor_map<T>(&d.v, p.v, p.kv_heads, kChunks, d.box_keys, 1);

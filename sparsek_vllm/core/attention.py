@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
+from typing import NoReturn
 
 import torch
 
-from sparsek_vllm.core.ops import check_scale, varlen_attention
-from sparsek_vllm.core.paged_kv import DenseKV
+from sparsek_vllm.core.ops import attention, check_scale
 
 HEAD_DIMS = (64, 128)
 
@@ -35,7 +34,27 @@ def attention_forward(
         RuntimeError: the GPU is older than Hopper.
         ImportError: there are no kernels, and they cannot be compiled.
     """
-    tensors = {"Q": Q, "K": K, "V": V}
+    if not (
+        isinstance(Q, torch.Tensor)
+        and isinstance(K, torch.Tensor)
+        and isinstance(V, torch.Tensor)
+        and Q.is_cuda
+        and Q.dtype == K.dtype == V.dtype == torch.float16
+        and Q.ndim == 4
+        and Q.shape == K.shape == V.shape
+        and Q.device == K.device == V.device
+    ):
+        _refuse({"Q": Q, "K": K, "V": V})
+    head_dim = Q.shape[3]
+    if head_dim not in HEAD_DIMS:
+        raise ValueError(
+            f"head dimension D must be {' or '.join(map(str, HEAD_DIMS))}, got {head_dim}"
+        )
+    return attention(Q, K, V, check_scale(scale, head_dim))
+
+
+def _refuse(tensors: dict[str, torch.Tensor]) -> NoReturn:
+    Q = tensors["Q"]
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
             raise ValueError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
@@ -51,45 +70,4 @@ def attention_forward(
             raise ValueError(
                 f"{name} must have the shape of Q, {list(Q.shape)}, got {list(tensor.shape)}"
             )
-    batch, heads, rows, head_dim = Q.shape
-    if head_dim not in HEAD_DIMS:
-        raise ValueError(
-            f"head dimension D must be {' or '.join(map(str, HEAD_DIMS))}, got {head_dim}"
-        )
-    scale = check_scale(scale, head_dim)
-    # Each head of each batch entry is a request of its own: no copy, whatever B and H are.
-    packed = (batch * heads * rows, 1, head_dim)
-    q, k, v = (t.contiguous().view(packed) for t in tensors.values())
-    bounds, lengths = _uniform_lengths(batch * heads, rows, Q.device)
-    out = varlen_attention(
-        q,
-        DenseKV(k, v, bounds[:-1], lengths),
-        bounds,
-        causal=False,
-        scale=scale,
-        min_seqlen_q=rows,
-        max_seqlen_q=rows,
-        max_seqlen_k=rows,
-    )
-    assert isinstance(out, torch.Tensor)
-    return out.view(Q.shape)
-
-
-def _uniform_lengths(
-    requests: int, rows: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prefix sums and lengths of so many requests of so many rows."""
-    # What a graph captures is only written at its replay, so it is not kept.
-    if torch.cuda.is_current_stream_capturing():
-        return _uniform_lengths_kept.__wrapped__(requests, rows, device, 0)
-    # Other streams do not wait until this one has written it.
-    stream = torch.cuda.current_stream(device).cuda_stream
-    return _uniform_lengths_kept(requests, rows, device, stream)
-
-
-@functools.lru_cache(maxsize=64)
-def _uniform_lengths_kept(
-    requests: int, rows: int, device: torch.device, stream: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    bounds = torch.arange(requests + 1, dtype=torch.int32, device=device) * rows
-    return bounds, torch.full((requests,), rows, dtype=torch.int32, device=device)
+    raise AssertionError("nothing to refuse")

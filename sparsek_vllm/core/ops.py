@@ -31,6 +31,8 @@ SCHEMAS = (
     "Tensor? k_scale, Tensor? v_scale, Tensor(c!)? workspace, int min_seqlen_q, "
     "int max_seqlen_q, int max_seqlen_k, float scale, int window_left, int window_right, "
     "float softcap, Tensor(a!) out, Tensor(b!)? lse) -> ()",
+    "attention(Tensor q, Tensor k, Tensor v, Tensor(b!)? workspace, float scale, Tensor(a!) out) "
+    "-> ()",
     "write_kv(Tensor key, Tensor value, Tensor(a!) k_cache, Tensor(b!) v_cache, "
     "Tensor slot_mapping, Tensor? k_scale, Tensor? v_scale) -> ()",
     "merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, "
@@ -40,7 +42,12 @@ SCHEMAS = (
 _library = torch.library.Library("sparsek", "DEF")
 for _schema in SCHEMAS:
     _library.define(_schema)
-for _op in (reference.varlen_attention, reference.write_kv, reference.merge_states):
+for _op in (
+    reference.varlen_attention,
+    reference.attention,
+    reference.write_kv,
+    reference.merge_states,
+):
     _library.impl(_op.__name__, _op, "CPU")
     # All outputs are written in place, so that tracing has nothing to infer.
     torch.library.register_fake(f"sparsek::{_op.__name__}", lambda *args: None, lib=_library)
@@ -179,6 +186,33 @@ def varlen_attention(
     if return_lse:
         assert lse is not None
         return out, lse
+    return out
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """Attention without a mask, for every batch entry and head by itself.
+
+    Little is checked: :func:`sparsek_vllm.attention_forward` has done that.
+
+    Args:
+        q: ``[B, H, S, D]``, a dtype and a head size as in :func:`varlen_attention`.
+        k: like q.
+        v: like q.
+        scale: factor of the scores.
+
+    Returns:
+        Like q. Tensors that are neither contiguous nor a transposition of ``[B, S, H, D]`` are
+        copied first.
+    """
+    if not (q.is_contiguous() and k.is_contiguous() and v.is_contiguous()) and not all(
+        t.transpose(1, 2).is_contiguous() for t in (q, k, v)
+    ):
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    path = kernels.path_for(q.device)
+    out = torch.empty_like(q)
+    space = kernels.workspace(q.device)
+    kernels.ops(q.device).attention.default(q, k, v, space, scale, out)
+    stats.record("attention", path, q.shape[0] * q.shape[2])
     return out
 
 

@@ -107,6 +107,21 @@ def varlen_attention(
             lse_b[:, top:bottom] = row_lse
 
 
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    workspace: torch.Tensor | None,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    """See :func:`sparsek_vllm.core.ops.attention`."""
+    for own in zip(q, k, v, out, strict=True):
+        q_b, k_b, v_b, out_b = own
+        result, _ = _attend_flash(q_b, k_b, v_b, 0, -1, -1, None, scale, 0.0)
+        out_b.copy_(result)
+
+
 def _fill_masked_rows(
     out: torch.Tensor, lse: torch.Tensor | None, sinks: torch.Tensor | None, top: int, bottom: int
 ) -> None:

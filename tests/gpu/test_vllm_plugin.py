@@ -45,7 +45,7 @@ def start(folder: Path, backend: str, **environment: str) -> subprocess.Complete
         [sys.executable, str(script), str(folder), backend],
         capture_output=True,
         text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "INFO", **environment},
     )
 
 
