@@ -73,10 +73,7 @@ def _compile(folder: Path) -> Path:
 
 @functools.cache
 def _load() -> None:
-    schemas = torch.library.Library(NAMESPACE, "DEF")
-    for schema in ops.SCHEMAS:
-        schemas.define(schema)
-    _kept.append(schemas)
+    _kept.append(ops.define(NAMESPACE))
     with tempfile.TemporaryDirectory() as folder:
         torch.ops.load_library(str(_compile(Path(folder))))
 

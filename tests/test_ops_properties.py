@@ -692,18 +692,20 @@ def test_opcheck(device):
     inputs = Inputs(case, device)
     kv, dense = inputs.paged(), inputs.dense()
     out, lse = torch.empty_like(inputs.q), torch.empty(4, 3, device=device)
-    ops = torch.ops.sparsek
+    ops = kernels.ops(device)
     workspace = kernels.workspace(device)
     tail = (None, None, None, workspace, 0, 2, 20, 0.125, -1, 0, 0.0, out, lse)
     paged_args = (kv.k, kv.v, inputs.cu_seqlens_q, kv.seq_lens, kv.block_table, None, None, None)
     dense_args = (dense.k, dense.v, inputs.cu_seqlens_q, dense.seq_lens, None, dense.starts)
     slots = torch.tensor([3, -1, 7], device=device)
     new = torch.randn(3, 2, 64, device=device).to(WIDEST)
+    four = torch.empty(1, 2, 3, 64, dtype=WIDEST, device=device)
     calls = [
         (ops.varlen_attention, (inputs.q, *paged_args, *tail)),
         (ops.varlen_attention, (inputs.q, *dense_args, None, None, *tail)),
         (ops.write_kv, (new, new, kv.k, kv.v, slots, None, None)),
         (ops.merge_states, (out, lse, out.clone(), lse.clone(), out.clone(), lse.clone())),
+        (ops.attention, (*[new.view(1, 3, 2, 64).transpose(1, 2)] * 3, workspace, 0.125, four)),
     ]
     for op, args in calls:
         torch.library.opcheck(op.default, args, test_utils=("test_schema", "test_faketensor"))

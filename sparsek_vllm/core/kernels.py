@@ -235,8 +235,10 @@ def _load_variant(config: _config.Config) -> str:
                 f"sparsek-vllm has no CUDA kernels in this installation, and cannot compile "
                 f"them: {error}"
             ) from error
-    if namespace != "sparsek":
-        _define_schemas(namespace)
+    if namespace != "sparsek":  # beside the default variant
+        from sparsek_vllm.core.ops import define
+
+        _schema_libraries.append(define(namespace))
     torch.ops.load_library(str(library))
     _libraries[wanted] = library
     _logger.info("CUDA kernels: %s", library)
@@ -244,13 +246,3 @@ def _load_variant(config: _config.Config) -> str:
 
 
 _schema_libraries: list[torch.library.Library] = []
-
-
-def _define_schemas(namespace: str) -> None:
-    """The op set once more, for a variant that is loaded beside the default one."""
-    from sparsek_vllm.core.ops import SCHEMAS
-
-    library = torch.library.Library(namespace, "DEF")
-    for schema in SCHEMAS:
-        library.define(schema)
-    _schema_libraries.append(library)

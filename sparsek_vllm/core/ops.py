@@ -39,18 +39,29 @@ SCHEMAS = (
     "Tensor(a!) out, Tensor(b!) lse) -> ()",
 )
 
-_library = torch.library.Library("sparsek", "DEF")
-for _schema in SCHEMAS:
-    _library.define(_schema)
-for _op in (
+_REFERENCES = (
     reference.varlen_attention,
     reference.attention,
     reference.write_kv,
     reference.merge_states,
-):
+)
+
+
+def define(namespace: str) -> torch.library.Library:
+    """The op set in a namespace, without implementations; it lasts as long as what is returned."""
+    library = torch.library.Library(namespace, "DEF")
+    for schema in SCHEMAS:
+        library.define(schema)
+    for op in _REFERENCES:
+        # All outputs are written in place, so that tracing has nothing to infer.
+        name = f"{namespace}::{op.__name__}"
+        torch.library.register_fake(name, lambda *args: None, lib=library)
+    return library
+
+
+_library = define("sparsek")
+for _op in _REFERENCES:
     _library.impl(_op.__name__, _op, "CPU")
-    # All outputs are written in place, so that tracing has nothing to infer.
-    torch.library.register_fake(f"sparsek::{_op.__name__}", lambda *args: None, lib=_library)
 
 
 def varlen_attention(
