@@ -161,7 +161,7 @@ struct LaunchAttention {
 
 // Fills in what depends on the device, and launches.
 void run_attention(AttentionParams& p, const Tensor& q, const OptionalTensor& workspace,
-                   int64_t min_seqlen_q, int64_t max_seqlen_q, int64_t max_seqlen_k) {
+                   bool hopper, int64_t min_seqlen_q, int64_t max_seqlen_q, int64_t max_seqlen_k) {
   const int64_t head_dim = q.size(q.dim() - 1);
   // A few tiles of rows re-read keys from L2 at little cost, and only decode splits long keys.
   p.decode_rows = (max_seqlen_k >= 1024 ? 4 : 1) * portable::kDecodeRows;
@@ -182,7 +182,7 @@ void run_attention(AttentionParams& p, const Tensor& q, const OptionalTensor& wo
   p.partials = static_cast<float*>(workspace->data_ptr()) + counters;
   for_type_and_size(
       q.scalar_type(), head_dim,
-      LaunchAttention{p, with_prefill, with_decode, device.is_hopper(), device.stream()});
+      LaunchAttention{p, with_prefill, with_decode, hopper && device.is_hopper(), device.stream()});
 }
 
 void varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
@@ -190,9 +190,9 @@ void varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
                       const OptionalTensor& k_starts, const OptionalTensor& q_offsets,
                       const OptionalTensor& bias, const OptionalTensor& sinks,
                       const OptionalTensor& k_scale, const OptionalTensor& v_scale,
-                      const OptionalTensor& workspace, int64_t min_seqlen_q, int64_t max_seqlen_q,
-                      int64_t max_seqlen_k, double scale, int64_t window_left, int64_t window_right,
-                      double softcap, Tensor out, OptionalTensor lse) {
+                      const OptionalTensor& workspace, bool hopper, int64_t min_seqlen_q,
+                      int64_t max_seqlen_q, int64_t max_seqlen_k, double scale, int64_t window_left,
+                      int64_t window_right, double softcap, Tensor out, OptionalTensor lse) {
   const int64_t batch = seq_lens.size(0), total_q = q.size(0);
   if (batch == 0 || total_q == 0) return;
   const int64_t kv_heads = k.size(k.dim() - 2);
@@ -255,41 +255,47 @@ void varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
   p.window_left = static_cast<int>(window_left < unlimited ? window_left : -1);
   p.window_right = static_cast<int>(window_right < unlimited ? window_right : -1);
 
-  run_attention(p, q, workspace, min_seqlen_q, max_seqlen_q, max_seqlen_k);
+  run_attention(p, q, workspace, hopper, min_seqlen_q, max_seqlen_q, max_seqlen_k);
 }
 
 // The same number of queries and keys for all, without a mask. All of [B, H, S, D], or all of that
 // after a transposition from [B, S, H, D].
 void attention(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& workspace,
-               double scale, Tensor out) {
+               bool hopper, double scale, Tensor out) {
   const int64_t batch = q.size(0), heads = q.size(1), rows = q.size(2);
   if (batch * heads * rows == 0) return;
   check(batch * heads * rows < (int64_t{1} << 31), "q has too many rows");
-  bool by_head = true, by_token = true;  // how rows are packed: heads then tokens, or as tokens
+  // Rows lie one behind the other head by head, or, of each head by itself, batch entry by batch
+  // entry. Dimensions of one element have no say.
+  bool by_head = true, by_token = true;
+  const auto row_stride = [&](const Tensor& tensor, bool through_heads) {
+    if (rows > 1) return tensor.stride(2);
+    return through_heads && heads > 1 ? tensor.stride(1) : stride(tensor, 0);
+  };
   for (const auto& [name, tensor] :
        {std::pair<const char*, const Tensor*>{"q", &q}, {"k", &k}, {"v", &v}, {"out", &out}}) {
     check_aligned(name, *tensor);
-    const auto packed = [&](int dim, int inner, int64_t count) {
-      return tensor->size(dim) == 1 || tensor->stride(dim) == count * tensor->stride(inner);
-    };
-    by_head &= packed(1, 2, rows) && packed(0, 1, heads);
-    by_token &= packed(0, 2, rows);
+    const int64_t through = row_stride(*tensor, true), within = row_stride(*tensor, false);
+    by_head &= heads == 1 || tensor->stride(1) == rows * through;
+    by_head &= batch == 1 || tensor->stride(0) == heads * rows * through;
+    by_token &= batch == 1 || tensor->stride(0) == rows * within;
   }
   check(by_head || by_token, "q, k, v and out must be [B, H, S, D] or transposed [B, S, H, D]");
   AttentionParams p{};
   const int64_t requests = by_head ? batch * heads : batch;
-  const auto packed_tensor = [&](const Tensor& tensor) -> KVTensor {
-    return {tensor.data_ptr(), 0, tensor.stride(2), by_head ? 0 : tensor.stride(1), 1,
+  const auto packed = [&](const Tensor& tensor) -> KVTensor {
+    return {tensor.data_ptr(), 0, row_stride(tensor, by_head), by_head ? 0 : stride(tensor, 1), 1,
             requests * rows};
   };
+  p.k = packed(k);
+  p.v = packed(v);
   p.q = q.data_ptr();
   p.out = out.data_ptr();
-  p.k = packed_tensor(k);
-  p.v = packed_tensor(v);
-  p.q_stride_token = q.stride(2);
-  p.out_stride_token = out.stride(2);
-  p.q_stride_head = by_head ? 0 : q.stride(1);
-  p.out_stride_head = by_head ? 0 : out.stride(1);
+  const KVTensor q_rows = packed(q), out_rows = packed(out);
+  p.q_stride_token = q_rows.stride_token;
+  p.q_stride_head = q_rows.stride_head;
+  p.out_stride_token = out_rows.stride_token;
+  p.out_stride_head = out_rows.stride_head;
   p.block_divisor = FastDivisor(uint32_t{1} << 31);
   p.batch = static_cast<int>(requests);
   p.kv_heads = by_head ? 1 : static_cast<int>(heads);
@@ -300,7 +306,7 @@ void attention(const Tensor& q, const Tensor& k, const Tensor& v, const Optional
   p.scale = static_cast<float>(scale);
   p.scale_log2e = static_cast<float>(scale * kLog2e);
   p.window_left = p.window_right = -1;
-  run_attention(p, q, workspace, rows, rows, rows);
+  run_attention(p, q, workspace, hopper, rows, rows, rows);
 }
 
 void write_kv(const Tensor& key, const Tensor& value, Tensor k_cache, Tensor v_cache,

@@ -54,7 +54,8 @@ struct AttentionParams {
   const int *cu_seqlens_q, *seq_lens;
   const int* block_table;  // null for packed K and V
   int64_t block_table_stride;
-  const int* k_starts;   // position of each request's first key, or null: 0
+  const int* k_starts;   // position of each request's first key, or null: 0, or where
+                         // the request begins if seq_lens is null
   const int* q_offsets;  // position of each request's first query, or null: seq_len - query_len
 
   const void* sinks;  // [heads], or null

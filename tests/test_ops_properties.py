@@ -694,7 +694,7 @@ def test_opcheck(device):
     out, lse = torch.empty_like(inputs.q), torch.empty(4, 3, device=device)
     ops = kernels.ops(device)
     workspace = kernels.workspace(device)
-    tail = (None, None, None, workspace, 0, 2, 20, 0.125, -1, 0, 0.0, out, lse)
+    tail = (None, None, None, workspace, True, 0, 2, 20, 0.125, -1, 0, 0.0, out, lse)
     paged_args = (kv.k, kv.v, inputs.cu_seqlens_q, kv.seq_lens, kv.block_table, None, None, None)
     dense_args = (dense.k, dense.v, inputs.cu_seqlens_q, dense.seq_lens, None, dense.starts)
     slots = torch.tensor([3, -1, 7], device=device)
@@ -705,16 +705,26 @@ def test_opcheck(device):
         (ops.varlen_attention, (inputs.q, *dense_args, None, None, *tail)),
         (ops.write_kv, (new, new, kv.k, kv.v, slots, None, None)),
         (ops.merge_states, (out, lse, out.clone(), lse.clone(), out.clone(), lse.clone())),
-        (ops.attention, (*[new.view(1, 3, 2, 64).transpose(1, 2)] * 3, workspace, 0.125, four)),
+        (
+            ops.attention,
+            (*[new.view(1, 3, 2, 64).transpose(1, 2)] * 3, workspace, True, 0.125, four),
+        ),
     ]
     for op, args in calls:
         torch.library.opcheck(op.default, args, test_utils=("test_schema", "test_faketensor"))
 
 
-@pytest.mark.parametrize("layout", ["heads first", "tokens first", "neither"])
+@pytest.mark.parametrize("layout", ["heads first", "tokens first", "mixed", "neither"])
 @pytest.mark.parametrize(
     "shape",
-    [(2, 3, 70, 64), (1, 2, 1, 128), (3, 1, 20, 64), (2, 2, 1, 64), (1, 1, 130, 128)],
+    [
+        (2, 3, 70, 64),
+        (1, 2, 1, 128),
+        (3, 1, 20, 64),
+        (2, 2, 1, 64),
+        (4, 1, 1, 64),
+        (1, 1, 130, 128),
+    ],
     ids=str,
 )
 def test_attention_of_equal_lengths(shape, layout, device):
@@ -731,13 +741,27 @@ def test_attention_of_equal_lengths(shape, layout, device):
         ]
     )
     given = [t.to(device) for t in inputs]
+
+    def tokens_first(x):
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+
     if layout == "tokens first":
-        given = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in given]
+        given = [tokens_first(t) for t in given]
+    elif layout == "mixed":
+        given[1] = tokens_first(given[1])
     elif layout == "neither":
-        given[1] = nan_filled(batch, heads, rows + 1, head_dim, dtype=WIDEST, device=device)[
-            :, :, :rows
-        ].copy_(given[1])
+        space = nan_filled(batch, heads, rows + 1, head_dim, dtype=WIDEST, device=device)
+        given[1] = space[:, :, :rows].copy_(given[1])
     with on_path("attention", device):
         out = attention(*given, 0.1)
     assert out.shape == shape
     assert_near(out, expected, OUT_TOLERANCE[WIDEST])
+
+
+def test_attention_of_one_row_and_head_with_stray_strides(device):
+    """Contiguous to torch, though the strides of dimensions of one element say otherwise."""
+    q = torch.randn(1, 4, 1, 64, generator=torch.Generator().manual_seed(0)).to(WIDEST).to(device)
+    q = q.permute(1, 2, 0, 3)
+    assert q.is_contiguous() and q.stride(2) != 64
+    # One key has all the weight.
+    assert_same_bits(attention(q, q.contiguous(), q, 1.0), q)

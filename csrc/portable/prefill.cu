@@ -90,8 +90,8 @@ __global__ void __launch_bounds__(kThreads, kWarps <= 4 ? 2 : 1)
 
   // Keys that the tile needs, in tiles of kBlockN that start at a multiple of 16.
   const int last_row = min(row0 + kBlockM, request.rows) - 1;
-  const int first_query = p.group_divisor(row0), last_query = p.group_divisor(last_row);
-  const KeyRange keys = request.keys(p, first_query, last_query);
+  const int first = p.group_divisor(row0), last = p.group_divisor(last_row);
+  const KeyRange keys = request.keys(p, first, last);
   const int keys_begin = keys.begin & ~15;
   const int keys_end = keys.begin < keys.end ? keys.end : keys_begin;
   // What the loop needs now and then waits in shared memory: registers are short.
@@ -100,8 +100,7 @@ __global__ void __launch_bounds__(kThreads, kWarps <= 4 ? 2 : 1)
     KeyRange common;  // keys that all rows see: they need no mask
   } constants;
   if (threadIdx.x == 0) {
-    constants = {
-        b, row0, keys.begin, {request.keys(p, last_query).begin, request.keys(p, first_query).end}};
+    constants = {b, row0, keys.begin, {request.keys(p, last).begin, request.keys(p, first).end}};
   }
   __syncthreads();
 

@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   if (thread == 0) {
     prefetch_tensor_map(&d.k);
-    prefetch_tensor_map(&d.v);
+    if (!d.joined) prefetch_tensor_map(&d.v);
     for (int i = 0; i < kStagesHere; ++i) {
       mbarrier_init(&shared.full[i], 1);
       mbarrier_init(&shared.empty[i], kWarpsOfGroup);

@@ -7,8 +7,6 @@
 // (queries and heads of the group, packed), 64 for each of kGroups warpgroups. Keys come in tiles
 // of kBlockN, the last first: that is where masks are. The loading warps (one for keys, one for
 // values, two for queries) run ahead into the next tile.
-#include <algorithm>
-
 #include "../common/hopper.cuh"
 #include "../common/request.cuh"
 #include "../common/wgmma.cuh"
@@ -135,10 +133,10 @@ __device__ void find_tile(const PrefillParams& d, const Shared<kHeadDim, kGroups
   found.request = request;
   found.row0 = row0;
   const KeyRange keys = request.keys(p, first, last);
-  const auto tiles_up_to = [&](int key) { return (key - found.key0 + kBlockN - 1) / kBlockN; };
+  const auto key_tiles_to = [&](int key) { return (key - found.key0 + kBlockN - 1) / kBlockN; };
   found.keys = keys;
   found.key0 = keys.begin & ~(kBlockN - 1);
-  found.key_tiles = keys.begin < keys.end ? tiles_up_to(keys.end) : 0;
+  found.key_tiles = keys.begin < keys.end ? key_tiles_to(keys.end) : 0;
 #pragma unroll 1
   for (int group = 0; group < kGroups; ++group) {
     auto& own = found.own[group];
@@ -150,8 +148,8 @@ __device__ void find_tile(const PrefillParams& d, const Shared<kHeadDim, kGroups
     const KeyRange seen = request.keys(p, own_first, own_last);
     own.common = {request.keys(p, own_last).begin, request.keys(p, own_first).end};
     if (seen.begin >= seen.end) continue;
-    own.before = found.key_tiles - tiles_up_to(seen.end);
-    own.count = tiles_up_to(seen.end) - (seen.begin - found.key0) / kBlockN;
+    own.before = found.key_tiles - key_tiles_to(seen.end);
+    own.count = key_tiles_to(seen.end) - (seen.begin - found.key0) / kBlockN;
   }
 }
 
@@ -247,10 +245,10 @@ __device__ void load_queries(const PrefillParams& d, Shared<kHeadDim, kGroups>& 
     if (thread == 0) {
       // Found before its place is free.
       find_tile(d, shared, id, shared.found);
-      if (shared.found.request.index != kEnd) id = blocks + atomicAdd(p.tile_counters, 1);
       mbarrier_wait(&shared.q_empty[tiles.index], tiles.phase ^ 1);
       tile = shared.found;
       mbarrier_arrive(&shared.tile_full[tiles.index]);
+      if (tile.request.index != kEnd) id = blocks + atomicAdd(p.tile_counters, 1);
     }
     barrier_sync<64>(kTileTaken);
     const int q_begin = tile.request.q_begin, rows = tile.request.rows, row0 = tile.row0;
@@ -408,7 +406,7 @@ __device__ void compute(const PrefillParams& d, Shared<kHeadDim, kGroups>& share
   };
 
   // A key tile that no row of the warpgroup sees.
-  const auto pass = [&] {
+  const auto skip_key_tile = [&] {
     mbarrier_wait(&shared.k_full[k_place.index], k_place.phase);
     release(&shared.k_empty[k_place.index]);
     k_place.advance();
@@ -430,7 +428,7 @@ __device__ void compute(const PrefillParams& d, Shared<kHeadDim, kGroups>& share
 #pragma unroll
     for (int h = 0; h < 2; ++h) row_max[h] = -INFINITY, row_sum[h] = 0;
 #pragma unroll 1
-    for (int i = 0; i < before; ++i) pass();
+    for (int i = 0; i < before; ++i) skip_key_tile();
     if (count > 0) {
       int key0 = tile.key0 + (after + count - 1) * kBlockN;
       mbarrier_wait(&shared.k_full[k_place.index], k_place.phase);
@@ -485,7 +483,7 @@ __device__ void compute(const PrefillParams& d, Shared<kHeadDim, kGroups>& share
       v_place.advance();
     }
 #pragma unroll 1
-    for (int i = 0; i < after; ++i) pass();
+    for (int i = 0; i < after; ++i) skip_key_tile();
 
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -582,7 +580,6 @@ int choose_groups(const AttentionParams& p, int most) {
   double least = 0;
   for (int groups = most; groups > 0; --groups) {
     const int64_t tiles = (rows + 64 * groups - 1) / (64 * groups) * requests * p.kv_heads;
-    // Of a tile: most of it is each warpgroup's own.
     const double cost = static_cast<double>((tiles + p.multiprocessors - 1) / p.multiprocessors) *
                         (kTileCost + groups);
     if (groups == most || cost < least) best = groups, least = cost;

@@ -51,7 +51,6 @@ class Variant:
         block_n: key rows of a prefill tile.
         num_stages: prefill tiles in flight.
         num_warps: warps of a prefill thread block.
-        hopper: with Hopper's own kernels, which serve where they can.
         fast_math: ``--use_fast_math``.
         lineinfo: ``-lineinfo``.
         debug: assertions in the kernels.
@@ -62,7 +61,6 @@ class Variant:
     block_n: int = 64
     num_stages: int = 2
     num_warps: int = 4
-    hopper: bool = True
     fast_math: bool = True
     lineinfo: bool = False
     debug: bool = False
@@ -278,7 +276,7 @@ def objects(variant: Variant, archs: Sequence[str]) -> Iterator[Object]:
     """What a library is linked from."""
     gencode = tuple(code for arch in archs for code in _GENCODE[arch])
     kernels = [("portable/prefill", gencode), ("portable/decode", gencode)]
-    hopper = variant.hopper and "90" in archs
+    hopper = "90" in archs
     if hopper:
         kernels += [(f"sm90/{kernel}", _NATIVE_GENCODE["90"]) for kernel in ("prefill", "decode")]
     for kernel, code in kernels:

@@ -26,7 +26,7 @@ def attention_forward(
         scale: factor of the scores, by default ``1 / sqrt(D)``.
 
     Returns:
-        ``[B, H, S, D]``, float16.
+        ``[B, H, S, D]``, float16, in the memory order of Q.
 
     Raises:
         ValueError: a tensor is not on CUDA, not float16, or of the wrong shape, or ``scale`` is

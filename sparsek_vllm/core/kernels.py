@@ -35,7 +35,6 @@ def variant(config: _config.Config) -> build.Variant:
     }
     wanted = build.Variant(
         **tiles,
-        hopper=wants_hopper(config),
         fast_math=config.use_fast_math,
         lineinfo=config.enable_profiling,
         debug=config.debug_mode,
@@ -185,7 +184,7 @@ def workspace(device: torch.device) -> torch.Tensor | None:
             )
         return shared
     blocks = DECODE_BLOCKS * torch.cuda.get_device_properties(device).multi_processor_count
-    size = blocks * (DECODE_FLOATS + 1) + 8
+    size = blocks * (DECODE_FLOATS + 1) + 8  # and 4 of prefill, and up to 3 to align
     _workspaces[key] = torch.zeros(size, dtype=torch.float32, device=device)
     return _workspaces[key]
 
@@ -208,9 +207,10 @@ _last: tuple[dict[str, Any], Any] = ({}, None)
 
 def _load(config: _config.Config) -> Any:
     global _last
-    if _last[0] != vars(config):
-        _last = dict(vars(config)), getattr(torch.ops, _load_variant(config))
-    return _last[1]
+    last = _last  # another thread may set it meanwhile
+    if last[0] != vars(config):
+        last = _last = dict(vars(config)), getattr(torch.ops, _load_variant(config))
+    return last[1]
 
 
 _libraries: dict[build.Variant, Path] = {}

@@ -3,7 +3,8 @@
 Each op is registered with ``torch.library`` under the namespace ``sparsek``; the CPU key runs
 :mod:`sparsek_vllm.reference`, the CUDA key the compiled kernels. The functions here check their
 arguments, allocate outputs that were not given, and count which path ran. They never fall back
-from one implementation to another.
+from one implementation to another; path ``hopper`` has portable kernels for what docs/KERNELS.md
+says.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 
 from sparsek_vllm import reference
 from sparsek_vllm.core import kernels, stats
-from sparsek_vllm.core.config import debug_enabled
+from sparsek_vllm.core.config import debug_enabled, get_default_config
 from sparsek_vllm.core.paged_kv import DenseKV, PagedKV
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -28,11 +29,11 @@ CUDA_HEAD_DIMS = (64, 128)
 SCHEMAS = (
     "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor seq_lens, "
     "Tensor? block_table, Tensor? k_starts, Tensor? q_offsets, Tensor? bias, Tensor? sinks, "
-    "Tensor? k_scale, Tensor? v_scale, Tensor(c!)? workspace, int min_seqlen_q, "
+    "Tensor? k_scale, Tensor? v_scale, Tensor(c!)? workspace, bool hopper, int min_seqlen_q, "
     "int max_seqlen_q, int max_seqlen_k, float scale, int window_left, int window_right, "
     "float softcap, Tensor(a!) out, Tensor(b!)? lse) -> ()",
-    "attention(Tensor q, Tensor k, Tensor v, Tensor(b!)? workspace, float scale, Tensor(a!) out) "
-    "-> ()",
+    "attention(Tensor q, Tensor k, Tensor v, Tensor(b!)? workspace, bool hopper, float scale, "
+    "Tensor(a!) out) -> ()",
     "write_kv(Tensor key, Tensor value, Tensor(a!) k_cache, Tensor(b!) v_cache, "
     "Tensor slot_mapping, Tensor? k_scale, Tensor? v_scale) -> ()",
     "merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, "
@@ -92,8 +93,8 @@ def varlen_attention(
 
     Args:
         q: ``[total_q, heads, head_dim]``, last dimension contiguous. On CUDA fp16 or bf16,
-            head_dim 64 or 128, and rows that begin at multiples of 16 bytes, as in k and v; on
-            CPU fp32 and fp64 too, and any head_dim.
+            head_dim 64 or 128, and rows that begin at multiples of 16 bytes, as in k, v and out;
+            on CPU fp32 and fp64 too, and any head_dim.
         kv: keys and values; ``heads`` must be a multiple of their ``kv_heads``.
         cu_seqlens_q: ``[batch + 1]`` int32, prefix sums of the query lengths. Rows of ``q``
             past ``cu_seqlens_q[-1]`` (padding) are neither read nor written.
@@ -175,6 +176,7 @@ def varlen_attention(
         paged.k_scale if paged else None,
         paged.v_scale if paged else None,
         kernels.workspace(q.device),
+        kernels.wants_hopper(get_default_config()),
         min_seqlen_q,
         max_seqlen_q,
         max_seqlen_k,
@@ -191,7 +193,7 @@ def varlen_attention(
         # The kernels have refused before any launch; this says it in the words of our arguments,
         # and would cost each call as much as the launch.
         if q.is_cuda:
-            _check_cuda_attention(q, kv, cu_seqlens_q, q_offsets)
+            _check_cuda_attention(q, kv, cu_seqlens_q, q_offsets, out)
         raise
     stats.record("varlen_attention", path, q.shape[0])
     if return_lse:
@@ -222,7 +224,14 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -
     path = kernels.path_for(q.device)
     out = torch.empty_like(q)
     space = kernels.workspace(q.device)
-    kernels.ops(q.device).attention.default(q, k, v, space, scale, out)
+    hopper = kernels.wants_hopper(get_default_config())
+    try:
+        kernels.ops(q.device).attention.default(q, k, v, space, hopper, scale, out)
+    except RuntimeError:
+        if q.is_cuda:
+            for name, tensor in (("q", q), ("k", k), ("v", v)):
+                _check_aligned(name, tensor)
+        raise
     stats.record("attention", path, q.shape[0] * q.shape[2])
     return out
 
@@ -427,6 +436,7 @@ def _check_cuda_attention(
     kv: PagedKV | DenseKV,
     cu_seqlens_q: torch.Tensor,
     q_offsets: torch.Tensor | None,
+    out: torch.Tensor,
 ) -> None:
     """What the kernels ask for beyond the definition of the op."""
     _check("q", q, None, CUDA_DTYPES, q.device)
@@ -448,14 +458,18 @@ def _check_cuda_attention(
         _check(name, index, None, (torch.int32,), q.device)
         if index is not None:
             _check_last_stride(name, index)
-    for name, tensor in (("q", q), ("k", kv.k), ("v", kv.v)):
-        strides = [n for size, n in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
-        if tensor.data_ptr() % 16 or any(n % 8 for n in strides[:-1]):
-            raise ValueError(
-                f"{name} must begin at a multiple of 16 bytes on CUDA, with strides that are "
-                f"multiples of 8 elements, got address {tensor.data_ptr():#x} and strides "
-                f"{list(tensor.stride())}"
-            )
+    for name, tensor in (("q", q), ("k", kv.k), ("v", kv.v), ("out", out)):
+        _check_aligned(name, tensor)
+
+
+def _check_aligned(name: str, tensor: torch.Tensor) -> None:
+    strides = [n for size, n in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+    if tensor.data_ptr() % 16 or any(n % 8 for n in strides[:-1]):
+        raise ValueError(
+            f"{name} must begin at a multiple of 16 bytes on CUDA, with strides that are "
+            f"multiples of 8 elements, got address {tensor.data_ptr():#x} and strides "
+            f"{list(tensor.stride())}"
+        )
 
 
 def _check_same(name: str, tensor: torch.Tensor, like_name: str, like: torch.Tensor) -> None:

@@ -31,6 +31,7 @@ def varlen_attention(
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
     workspace: torch.Tensor | None,
+    hopper: bool,
     min_seqlen_q: int,
     max_seqlen_q: int,
     max_seqlen_k: int,
@@ -112,12 +113,12 @@ def attention(
     k: torch.Tensor,
     v: torch.Tensor,
     workspace: torch.Tensor | None,
+    hopper: bool,
     scale: float,
     out: torch.Tensor,
 ) -> None:
     """See :func:`sparsek_vllm.core.ops.attention`."""
-    for own in zip(q, k, v, out, strict=True):
-        q_b, k_b, v_b, out_b = own
+    for q_b, k_b, v_b, out_b in zip(q, k, v, out, strict=True):
         result, _ = _attend_flash(q_b, k_b, v_b, 0, -1, -1, None, scale, 0.0)
         out_b.copy_(result)
 

@@ -15,6 +15,7 @@ import dense_oracle
 import pytest
 import torch
 from batches import GARBAGE, Batch
+from target import PATH
 
 from sparsek_vllm.core import (
     Config,
@@ -81,6 +82,35 @@ def test_error_is_that_of_flash_attention_3(dtype, lengths, head_dim) -> None:
     print(f"RMS {rms[0]:.3e} / {rms[1]:.3e}, max {ours.max():.3e} / {theirs.max():.3e}")
     assert rms[0] <= 1.1 * rms[1]
     assert ours.max() <= 1.5 * theirs.max()
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (40, -1), (100, 30)], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_many_tiles(head_dim: int, window: tuple[int, int]) -> None:
+    """More tiles than multiprocessors: blocks of as many warpgroups as there can be, one after the
+    other."""
+    batch = Batch([(900, 1500), (1, 3000), (3000, 3000), (130, 129)], 8, 4, head_dim)
+    batch.check(causal=window != (100, 30), window=window)
+
+
+def test_the_kernels_that_run() -> None:
+    """The path is named before the dispatch: what did it launch?"""
+    batch = Batch([(1, 2000), (300, 600)], 2, 4, 64)
+
+    def launched(**options) -> set[str]:
+        batch.run(**options)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            batch.run(**options)
+            torch.cuda.synchronize()
+        names = [event.key for event in profile.key_averages() if "sparsek" in event.key]
+        kernels = ("sm90", "portable"), ("prefill", "decode")
+        return {
+            f"{a} {b}" for a in kernels[0] for b in kernels[1] for n in names if a in n and b in n
+        }
+
+    own = "sm90" if PATH == "hopper" else "portable"
+    assert launched() == {f"{own} prefill", f"{own} decode"}
+    assert launched(softcap=20.0) == {"portable prefill", f"{own} decode"}
 
 
 # CUDA graphs and synchronisation
@@ -259,6 +289,9 @@ sys.path[:0] = ["tests"]
 import torch
 from batches import Batch
 for head_dim in (64, 128):
+    many = Batch([(1200, 1300), (1, 300)], 8, 4, head_dim)  # tiles for all warpgroups, twice over
+    many.run()
+    many.run(window=(100, 30), causal=False)
     lengths = [(1, 500), (0, 3), (3, 70), (1, 0), (90, 150), (1, 1100)]
     batch = Batch(lengths, 2, 4, head_dim)
     for kv in (batch.kv, batch.dense()):
