@@ -29,8 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "sets",
         nargs="*",
         metavar="SET",
-        help="decode, uneven, prefill, paged-prefill, small, floor, serve (default: all; floor on "
-        "Hopper alone)",
+        help="decode, uneven, multi-query, prefill, paged-prefill, mixed, small, floor, serve "
+        "(default: all; floor on Hopper alone)",
     )
     bench.add_argument("--warm", action="store_true", help="inputs stay in the L2 cache")
     bench.add_argument("--shape", default="llama-3.1-8b", help="model shape of the serve set")

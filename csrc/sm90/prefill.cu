@@ -303,10 +303,10 @@ __device__ void compute(const PrefillParams& d, Shared<kHeadDim, kGroups>& share
   const AttentionParams& p = d.attention;
   const int lane = threadIdx.x % 32;
   const int group_row = 64 * group, warp_row = threadIdx.x % 128 / 32 * 16;
-  // Warpgroups take turns to issue products: of a key tile's keys and of the values of the one
-  // before. Who takes no part in a key tile takes the turn all the same: nobody may get so far
-  // ahead or fall so far behind that another waits, in his turn, for a place in a ring that only he
-  // frees.
+  // Three warpgroups take turns to issue products: of a key tile's keys and of the values of the
+  // one before. (Two are quicker without.) Who takes no part in a key tile takes the turn all the
+  // same: nobody may get so far ahead or fall so far behind that another waits, in his turn, for a
+  // place in a ring that only he frees.
   const auto wait_for_turn = [&] {
     if (kGroups > 2) barrier_sync<256>(kFirstTurn + group);
   };

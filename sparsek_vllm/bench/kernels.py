@@ -403,6 +403,14 @@ def uneven(warm: bool) -> Iterator[Row]:
         yield _bandwidth_row(f"{name}, {batch} x {context} D={head_dim}", case)
 
 
+def multi_query(warm: bool) -> Iterator[Row]:
+    """Several query tokens a request, as in speculative decoding, beside the four of ``uneven``."""
+    for head_dim in (128, 64):
+        for rows in (2, 8, 16):
+            case = Paged([rows] * 16, [16384] * 16, head_dim, 16, warm=warm)
+            yield _bandwidth_row(f"{rows} query tokens, 16 x 16384 D={head_dim}", case)
+
+
 def prefill(warm: bool) -> Iterator[Row]:
     """Packed keys, fp16, 16,384 tokens; causal counts half the operations."""
     for head_dim, heads in ((64, 32), (128, 16)):
@@ -420,12 +428,20 @@ def paged_prefill(warm: bool) -> Iterator[Row]:
         for page in (16, 64):
             for batch, rows, keys in PAGED_PREFILL_SHAPES:
                 case = Paged([rows] * batch, [keys] * batch, head_dim, page, warm=warm)
-                calls = case.contenders()
-                calls.pop("FlashInfer", None)
-                times = time_in_graphs(calls, case.copies)
-                seen = batch * (rows * keys - rows * (rows - 1) // 2)
-                name = f"{batch} x {rows} on {keys} D={head_dim} page {page}"
-                yield Row(name, times, 4 * 32 * head_dim * seen, "TFLOP/s")
+                yield _causal_row(f"{batch} x {rows} on {keys} D={head_dim} page {page}", case)
+
+
+def mixed(warm: bool) -> Iterator[Row]:
+    """Causal, over pages of 16: prompts of very different lengths, and prompts beside decodes."""
+    random_lengths = random.Random(0)
+    drawn = [random_lengths.lognormvariate(0, 1.0) for _ in range(256)]
+    prompts = [max(1, int(16384 * x / sum(drawn))) for x in drawn]
+    chunks, chunk_keys = [1024] * 4 + [1] * 124, [4096] * 128
+    for head_dim in (128, 64):
+        case = Paged(prompts, prompts, head_dim, 16, warm=warm)
+        yield _causal_row(f"256 lognormal prompts D={head_dim}", case)
+        case = Paged(chunks, chunk_keys, head_dim, 16, warm=warm)
+        yield _causal_row(f"4 x 1024 and 124 x 1 on 4096 D={head_dim}", case)
 
 
 def small(warm: bool) -> Iterator[Row]:
@@ -470,8 +486,10 @@ PAGED_PREFILL_SHAPES = ((1, 8192, 8192), (4, 2048, 2048), (1, 2048, 32768), (16,
 SETS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "decode": decode,
     "uneven": uneven,
+    "multi-query": multi_query,
     "prefill": prefill,
     "paged-prefill": paged_prefill,
+    "mixed": mixed,
     "small": small,
 }
 
@@ -482,6 +500,15 @@ def _bandwidth_row(name: str, case: Paged) -> Row:
     times = time_in_graphs(calls, case.copies)
     plans = time_launches(case.plans)
     return Row(name, times, case.kv_bytes, "TB/s", plans, "Plan made before, us")
+
+
+def _causal_row(name: str, case: Paged) -> Row:
+    calls = case.contenders()
+    calls.pop("FlashInfer", None)  # its decode wrapper
+    times = time_in_graphs(calls, case.copies)
+    pairs = zip(case.rows, case.keys, strict=True)
+    seen = sum(rows * keys - rows * (rows - 1) // 2 for rows, keys in pairs)
+    return Row(name, times, 4 * case.heads * case.head_dim * seen, "TFLOP/s")
 
 
 def _check_agreement(name: str, calls: dict[str, Call], out: torch.Tensor) -> None:
