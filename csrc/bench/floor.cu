@@ -109,8 +109,10 @@ __global__ void __launch_bounds__(kThreads, 1) read_kernel(const __grid_constant
     for (int rank = 0; rank < kMostGroup; ++rank) {
       if (rank >= p.group) continue;
       float* part = p.parts + (first + rank) * kPartFloats + i;
-      while (awaited && own[rank] == 0) own[rank] = load_relaxed(part);
-      store_relaxed(part, 0.0f);
+      if (awaited) {  // zero: not there yet
+        while (own[rank] == 0) own[rank] = load_relaxed(part);
+        store_relaxed(part, 0.0f);
+      }
       total += own[rank];
     }
     p.out[group * kPartFloats + i] = total;
@@ -184,7 +186,6 @@ int run() {
     check(cudaMemcpy(pool + at, random.data(), 4 * random.size(), cudaMemcpyHostToDevice));
   Parameters p{pool, 0, kChunkBytes, Exchange::kNone, 1};
   check(cudaMalloc(&p.parts, 256 * kPartFloats * sizeof(float)));
-  check(cudaMemset(p.parts, 0, 256 * kPartFloats * sizeof(float)));
   check(cudaMalloc(&p.out, 256 * kPartFloats * sizeof(float)));
   check(cudaMalloc(&p.arrivals, 256 * sizeof(int)));
   check(cudaMemset(p.arrivals, 0, 256 * sizeof(int)));
@@ -205,6 +206,7 @@ int run() {
   p.exchange = Exchange::kCounted;
   report("128 blocks read, 16 exchange parts, the last to arrive adds up", even, p, bytes);
   p.exchange = Exchange::kAwaited;
+  check(cudaMemset(p.parts, 0, 256 * kPartFloats * sizeof(float)));
   report("128 blocks read, 16 exchange parts, one awaits them", even, p, bytes);
   check(cudaDeviceSynchronize());
   return 0;
