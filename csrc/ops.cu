@@ -159,14 +159,15 @@ struct LaunchAttention {
   }
 };
 
-// Fills in what depends on the device, and launches.
+// Fills in what follows from the rest and from the device, and launches.
 void run_attention(AttentionParams& p, const Tensor& q, const OptionalTensor& workspace,
-                   bool hopper, int64_t min_seqlen_q, int64_t max_seqlen_q, int64_t max_seqlen_k) {
-  const int64_t head_dim = q.size(q.dim() - 1);
+                   bool hopper, int64_t min_seqlen_q) {
+  const int64_t head_dim = q.size(q.dim() - 1), most_rows = int64_t{p.max_seqlen_q} * p.group;
+  p.group_divisor = FastDivisor(static_cast<uint32_t>(p.group));
   // A few tiles of rows re-read keys from L2 at little cost, and only decode splits long keys.
-  p.decode_rows = (max_seqlen_k >= 1024 ? 4 : 1) * portable::kDecodeRows;
-  p.most_rows = std::min<int64_t>(max_seqlen_q * p.group, p.decode_rows);
-  const bool with_prefill = max_seqlen_q * p.group > p.decode_rows;
+  p.decode_rows = (p.max_seqlen_k >= 1024 ? 4 : 1) * portable::kDecodeRows;
+  p.most_rows = std::min<int64_t>(most_rows, p.decode_rows);
+  const bool with_prefill = most_rows > p.decode_rows;
   const bool with_decode = min_seqlen_q * p.group <= p.decode_rows;
 
   const DeviceScope device(q);
@@ -243,7 +244,6 @@ void varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
   p.batch = static_cast<int>(batch);
   p.kv_heads = static_cast<int>(kv_heads);
   p.group = static_cast<int>(q.size(1) / kv_heads);
-  p.group_divisor = FastDivisor(static_cast<uint32_t>(p.group));
   p.total_q = static_cast<int>(total_q);
   p.max_seqlen_q = static_cast<int>(std::clamp<int64_t>(max_seqlen_q, 1, total_q));
   p.scale = static_cast<float>(scale);
@@ -255,7 +255,7 @@ void varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
   p.window_left = static_cast<int>(window_left < unlimited ? window_left : -1);
   p.window_right = static_cast<int>(window_right < unlimited ? window_right : -1);
 
-  run_attention(p, q, workspace, hopper, min_seqlen_q, max_seqlen_q, max_seqlen_k);
+  run_attention(p, q, workspace, hopper, min_seqlen_q);
 }
 
 // The same number of queries and keys for all, without a mask. All of [B, H, S, D], or all of that
@@ -300,13 +300,12 @@ void attention(const Tensor& q, const Tensor& k, const Tensor& v, const Optional
   p.batch = static_cast<int>(requests);
   p.kv_heads = by_head ? 1 : static_cast<int>(heads);
   p.group = 1;
-  p.group_divisor = FastDivisor(1);
   p.total_q = static_cast<int>(requests * rows);
   p.max_seqlen_q = p.max_seqlen_k = static_cast<int>(rows);
   p.scale = static_cast<float>(scale);
   p.scale_log2e = static_cast<float>(scale * kLog2e);
   p.window_left = p.window_right = -1;
-  run_attention(p, q, workspace, hopper, rows, rows, rows);
+  run_attention(p, q, workspace, hopper, rows);
 }
 
 void write_kv(const Tensor& key, const Tensor& value, Tensor k_cache, Tensor v_cache,

@@ -58,6 +58,8 @@ def test_no_local_memory_and_registers_in_budget(wheel_library: Path) -> None:
     attention = [u[0] for u in usage if "prefill_kernel" in u[0] or "decode_kernel" in u[0]]
     # Kernel, dtype, head_dim, general, architecture.
     assert sum("portable" in name for name in attention) == 2 * 2 * 2 * 2 * 2
+    # Dtype, and decode's tiles of rows and general for each head_dim, and prefill's warpgroups.
+    assert sum("sm90" in name for name in attention) == 2 * (2 * 3 + 3 + 2) == len(attention) - 32
     for name, registers, stack, _, local in usage:
         assert int(stack) == 0 and int(local) == 0, name
         assert int(registers) <= REGISTERS, name

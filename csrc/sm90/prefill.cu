@@ -327,6 +327,14 @@ __device__ void compute(const PrefillParams& d, Shared<kHeadDim, kGroups>& share
   float row_max[2] = {}, row_sum[2] = {}, factor[2];
   bool rescale = false;
 
+  const auto release_keys = [&] {
+    release(&shared.k_empty[k_place.index]);
+    k_place.advance();
+  };
+  const auto release_values = [&] {
+    release(&shared.v_empty[v_place.index]);
+    v_place.advance();
+  };
   const auto issue_scores = [&] {
     const uint64_t q =
         matrix_descriptor(shared_address(shared.q[q_place.index]) + group_row * kChunkBytes);
@@ -408,13 +416,11 @@ __device__ void compute(const PrefillParams& d, Shared<kHeadDim, kGroups>& share
   // A key tile that no row of the warpgroup sees.
   const auto skip_key_tile = [&] {
     mbarrier_wait(&shared.k_full[k_place.index], k_place.phase);
-    release(&shared.k_empty[k_place.index]);
-    k_place.advance();
+    release_keys();
     wait_for_turn();
     pass_turn();
     mbarrier_wait(&shared.v_full[v_place.index], v_place.phase);
-    release(&shared.v_empty[v_place.index]);
-    v_place.advance();
+    release_values();
   };
 
   for (;; q_place.advance()) {
@@ -438,8 +444,7 @@ __device__ void compute(const PrefillParams& d, Shared<kHeadDim, kGroups>& share
       pass_turn();
       wgmma_wait<0>();
       after_wait(scores);
-      release(&shared.k_empty[k_place.index]);
-      k_place.advance();
+      release_keys();
       softmax(tile, key0);
       pack_weights();
 #pragma unroll 1
@@ -455,14 +460,12 @@ __device__ void compute(const PrefillParams& d, Shared<kHeadDim, kGroups>& share
         pass_turn();
         wgmma_wait<1>();
         after_wait(scores);
-        release(&shared.k_empty[k_place.index]);
-        k_place.advance();
+        release_keys();
         softmax(tile, key0);
         before_wait(row_sum[0] + row_sum[1]);
         wgmma_wait<0>();
         after_wait(out);
-        release(&shared.v_empty[v_place.index]);
-        v_place.advance();
+        release_values();
         if (rescale) {
 #pragma unroll
           for (int j = 0; j < kHeadDim / 2; ++j) out[j] *= factor[j / 2 % 2];
@@ -479,8 +482,7 @@ __device__ void compute(const PrefillParams& d, Shared<kHeadDim, kGroups>& share
       issue_values();
       wgmma_wait<0>();
       after_wait(out);
-      release(&shared.v_empty[v_place.index]);
-      v_place.advance();
+      release_values();
     }
 #pragma unroll 1
     for (int i = 0; i < after; ++i) skip_key_tile();

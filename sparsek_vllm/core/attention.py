@@ -34,6 +34,7 @@ def attention_forward(
         RuntimeError: the GPU is older than Hopper.
         ImportError: there are no kernels, and they cannot be compiled.
     """
+    # All at once, since this counts at every call: what is wrong is found out apart.
     if not (
         isinstance(Q, torch.Tensor)
         and isinstance(K, torch.Tensor)

@@ -21,17 +21,22 @@ DECODE_BLOCKS = 2
 DECODE_FLOATS = 2 * 16 * (128 + 2)
 
 
+_DEFAULTS = _config.Config()
+_TILE_FIELDS = ("block_m", "block_n", "num_stages", "num_warps")
+# Those of the portable kernels.
+_PORTABLE_FIELDS = (*_TILE_FIELDS, "persistent_kernel", "warp_specialized", "use_tma")
+
+
 def variant(config: _config.Config) -> build.Variant:
     """What ``config`` asks to be compiled: tile fields at their defaults stay tuned.
 
     Raises:
         ValueError: no kernel can have these tiles; the message lists those that can be built.
     """
-    defaults = _config.Config()
     tiles = {
         name: getattr(config, name)
-        for name in ("block_m", "block_n", "num_stages", "num_warps")
-        if getattr(config, name) != getattr(defaults, name)
+        for name in _TILE_FIELDS
+        if getattr(config, name) != getattr(_DEFAULTS, name)
     }
     wanted = build.Variant(
         **tiles,
@@ -47,18 +52,6 @@ def variant(config: _config.Config) -> build.Variant:
             "fields at their defaults are chosen for you"
         )
     return wanted
-
-
-_DEFAULTS = _config.Config()
-_PORTABLE_FIELDS = (
-    "block_m",
-    "block_n",
-    "num_stages",
-    "num_warps",
-    "persistent_kernel",
-    "warp_specialized",
-    "use_tma",
-)
 
 
 def wants_hopper(config: _config.Config) -> bool:
