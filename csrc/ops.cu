@@ -11,6 +11,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "params.h"
 #include "portable/portable.h"
@@ -100,13 +101,18 @@ int64_t stride(const Tensor& tensor, int dim) {
   return tensor.size(dim) > 1 ? tensor.stride(dim) : 0;
 }
 
+int64_t element_bytes(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Float8_e4m3fn ? 1 : 2;
+}
+
 // Kernels copy 16 bytes at a time.
 void check_aligned(const char* name, const Tensor& tensor) {
   bool aligned = reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0;
-  for (int i = 0; i + 1 < tensor.dim(); ++i) aligned &= stride(tensor, i) % 8 == 0;
+  for (int i = 0; i + 1 < tensor.dim(); ++i)
+    aligned &= stride(tensor, i) * element_bytes(tensor) % 16 == 0;
   check(aligned, std::string(name) +
                      " must begin at a multiple of 16 bytes on CUDA, and its strides must be "
-                     "multiples of 8 elements");
+                     "multiples of 16 bytes");
 }
 
 KVTensor kv_tensor(const Tensor& tensor) {
@@ -116,17 +122,38 @@ KVTensor kv_tensor(const Tensor& tensor) {
           stride(tensor, dims - 2), paged ? tensor.size(0) : 1,    tensor.size(dims - 3)};
 }
 
-// Calls f<T, head_dim>, for the types and sizes that attention is compiled for.
+// The factors of keys or values, and the stride from one head's to the next.
+std::pair<const float*, int> scales(const OptionalTensor& tensor) {
+  if (!tensor) return {nullptr, 0};
+  check(tensor->scalar_type() == ScalarType::Float, "k_scale and v_scale must be float32");
+  int64_t step = 0;
+  for (int i = 0; i < tensor->dim(); ++i) {
+    if (tensor->size(i) == 1) continue;
+    check(step == 0, "k_scale and v_scale must have one dimension on CUDA");
+    step = tensor->stride(i);
+  }
+  return {static_cast<const float*>(tensor->data_ptr()), static_cast<int>(step)};
+}
+
+// Calls f<T, KV, head_dim>, for the types and sizes that attention is compiled for.
 template <typename F>
-void for_type_and_size(ScalarType type, int64_t head_dim, F f) {
+void for_types_and_size(ScalarType type, bool fp8, int64_t head_dim, F f) {
   check(head_dim == 64 || head_dim == 128,
         "head_dim must be 64 or 128 on CUDA, got " + std::to_string(head_dim));
-  const auto with_type = [&](auto zero) {
+  const auto with_types = [&](auto zero, auto kv_zero) {
     using T = decltype(zero);
+    using KV = decltype(kv_zero);
     if (head_dim == 64) {
-      f.template operator()<T, 64>();
+      f.template operator()<T, KV, 64>();
     } else {
-      f.template operator()<T, 128>();
+      f.template operator()<T, KV, 128>();
+    }
+  };
+  const auto with_type = [&](auto zero) {
+    if (fp8) {
+      with_types(zero, E4M3{});
+    } else {
+      with_types(zero, zero);
     }
   };
   if (type == ScalarType::Half) {
@@ -143,24 +170,24 @@ struct LaunchAttention {
   bool with_prefill, with_decode, hopper;
   cudaStream_t stream;
 
-  template <typename T, int kHeadDim>
+  template <typename T, typename KV, int kHeadDim>
   void operator()() const {
 #ifdef SPARSEK_SM90
     if (hopper && sm90::has_tensor_map(p.k, p.kv_heads) && sm90::has_tensor_map(p.v, p.kv_heads)) {
       const bool plain = p.softcap <= 0 && !p.bias;
-      if (with_prefill && plain) check(sm90::prefill<T, kHeadDim>(p, stream));
-      if (with_prefill && !plain) check(portable::prefill<T, kHeadDim>(p, stream));
-      if (with_decode) check(sm90::decode<T, kHeadDim>(p, stream));
+      if (with_prefill && plain) check(sm90::prefill<T, KV, kHeadDim>(p, stream));
+      if (with_prefill && !plain) check(portable::prefill<T, KV, kHeadDim>(p, stream));
+      if (with_decode) check(sm90::decode<T, KV, kHeadDim>(p, stream));
       return;
     }
 #endif
-    if (with_prefill) check(portable::prefill<T, kHeadDim>(p, stream));
-    if (with_decode) check(portable::decode<T, kHeadDim>(p, stream));
+    if (with_prefill) check(portable::prefill<T, KV, kHeadDim>(p, stream));
+    if (with_decode) check(portable::decode<T, KV, kHeadDim>(p, stream));
   }
 };
 
 // Fills in what follows from the rest and from the device, and launches.
-void run_attention(AttentionParams& p, const Tensor& q, const OptionalTensor& workspace,
+void run_attention(AttentionParams& p, const Tensor& q, bool fp8, const OptionalTensor& workspace,
                    bool hopper, int64_t min_seqlen_q) {
   const int64_t head_dim = q.size(q.dim() - 1), most_rows = int64_t{p.max_seqlen_q} * p.group;
   p.group_divisor = FastDivisor(static_cast<uint32_t>(p.group));
@@ -181,8 +208,8 @@ void run_attention(AttentionParams& p, const Tensor& q, const OptionalTensor& wo
   p.tile_counters = static_cast<int*>(workspace->data_ptr());
   p.arrivals = p.tile_counters + tile_counters;
   p.partials = static_cast<float*>(workspace->data_ptr()) + counters;
-  for_type_and_size(
-      q.scalar_type(), head_dim,
+  for_types_and_size(
+      q.scalar_type(), fp8, head_dim,
       LaunchAttention{p, with_prefill, with_decode, hopper && device.is_hopper(), device.stream()});
 }
 
@@ -197,8 +224,9 @@ void varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
   const int64_t batch = seq_lens.size(0), total_q = q.size(0);
   if (batch == 0 || total_q == 0) return;
   const int64_t kv_heads = k.size(k.dim() - 2);
-  check(k.scalar_type() == q.scalar_type() && !k_scale && !v_scale,
-        "k must have the dtype of q on CUDA, without k_scale and v_scale");
+  const bool fp8 = k.scalar_type() == ScalarType::Float8_e4m3fn;
+  check(fp8 || (k.scalar_type() == q.scalar_type() && !k_scale && !v_scale),
+        "k must be float8_e4m3fn on CUDA or have the dtype of q, then without k_scale and v_scale");
   check(total_q < (int64_t{1} << 31) && kv_heads < 65536, "q has too many rows or heads");
   for (const auto& [name, tensor] :
        {std::pair<const char*, const Tensor*>{"q", &q}, {"k", &k}, {"v", &v}, {"out", &out}})
@@ -218,6 +246,8 @@ void varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
   }
   p.k = kv_tensor(k);
   p.v = kv_tensor(v);
+  std::tie(p.k_scale, p.k_scale_stride) = scales(k_scale);
+  std::tie(p.v_scale, p.v_scale_stride) = scales(v_scale);
   p.cu_seqlens_q = int32_data("cu_seqlens_q", cu_seqlens_q);
   p.seq_lens = int32_data("seq_lens", seq_lens);
   if (block_table) {
@@ -255,7 +285,7 @@ void varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
   p.window_left = static_cast<int>(window_left < unlimited ? window_left : -1);
   p.window_right = static_cast<int>(window_right < unlimited ? window_right : -1);
 
-  run_attention(p, q, workspace, hopper, min_seqlen_q);
+  run_attention(p, q, fp8, workspace, hopper, min_seqlen_q);
 }
 
 // The same number of queries and keys for all, without a mask. All of [B, H, S, D], or all of that
@@ -305,7 +335,7 @@ void attention(const Tensor& q, const Tensor& k, const Tensor& v, const Optional
   p.scale = static_cast<float>(scale);
   p.scale_log2e = static_cast<float>(scale * kLog2e);
   p.window_left = p.window_right = -1;
-  run_attention(p, q, workspace, hopper, rows);
+  run_attention(p, q, false, workspace, hopper, rows);
 }
 
 void write_kv(const Tensor& key, const Tensor& value, Tensor k_cache, Tensor v_cache,
@@ -315,8 +345,10 @@ void write_kv(const Tensor& key, const Tensor& value, Tensor k_cache, Tensor v_c
   const auto type = key.scalar_type();
   check(type == ScalarType::Half || type == ScalarType::BFloat16,
         "key must be float16 or bfloat16 on CUDA");
-  check(k_cache.scalar_type() == type && !k_scale && !v_scale,
-        "k_cache must have the dtype of key on CUDA, without k_scale and v_scale");
+  const bool fp8 = k_cache.scalar_type() == ScalarType::Float8_e4m3fn;
+  check(fp8 || (k_cache.scalar_type() == type && !k_scale && !v_scale),
+        "k_cache must be float8_e4m3fn on CUDA or have the dtype of key, then without k_scale and "
+        "v_scale");
   check_last_stride("slot_mapping", slot_mapping);
   const DeviceScope device(key);
   WriteParams p{};
@@ -334,6 +366,10 @@ void write_kv(const Tensor& key, const Tensor& value, Tensor k_cache, Tensor v_c
   p.v_stride_block = stride(v_cache, 0);
   p.v_stride_token = stride(v_cache, 1);
   p.v_stride_head = stride(v_cache, 2);
+  p.type = float_type("key", key);
+  p.fp8 = fp8;
+  std::tie(p.k_scale, p.k_scale_stride) = scales(k_scale);
+  std::tie(p.v_scale, p.v_scale_stride) = scales(v_scale);
   p.slots = slot_mapping.data_ptr();
   p.slots_are_64_bit = slot_mapping.scalar_type() == ScalarType::Long;
   p.block_size = static_cast<int>(k_cache.size(1));
@@ -343,7 +379,9 @@ void write_kv(const Tensor& key, const Tensor& value, Tensor k_cache, Tensor v_c
   int64_t bits = p.head_dim * 2;
   for (const Tensor* tensor :
        {&key, &value, static_cast<const Tensor*>(&k_cache), static_cast<const Tensor*>(&v_cache)}) {
-    bits |= static_cast<int64_t>(reinterpret_cast<uintptr_t>(tensor->data_ptr()));
+    // In bytes, were the elements of the cache as long as those of key.
+    const int64_t factor = 2 / element_bytes(*tensor);
+    bits |= static_cast<int64_t>(reinterpret_cast<uintptr_t>(tensor->data_ptr())) * factor;
     for (int i = 0; i + 1 < tensor->dim(); ++i) bits |= stride(*tensor, i) * 2;
   }
   p.aligned = bits % 16 == 0;

@@ -34,6 +34,11 @@ struct FastDivisor {
 
 enum class Float : int { kFloat32, kFloat16, kBFloat16 };
 
+// An element of an fp8 cache: a sign, 4 bits of exponent, 3 of mantissa.
+struct E4M3 {
+  uint8_t bits;
+};
+
 // Keys or values. Strides are in elements; where there is one of a kind, its stride is 0. Packed
 // (not paged) tensors are one block.
 struct KVTensor {
@@ -57,6 +62,9 @@ struct AttentionParams {
   const int* k_starts;   // position of each request's first key, or null: 0, or where
                          // the request begins if seq_lens is null
   const int* q_offsets;  // position of each request's first query, or null: seq_len - query_len
+  // Factors of keys and values, of fp8 alone: null for 1; stride 0 for one of all heads.
+  const float *k_scale, *v_scale;
+  int k_scale_stride, v_scale_stride;
 
   const void* sinks;  // [heads], or null
   const void* bias;   // [batch, heads, max_q, max_k], or null
@@ -86,10 +94,14 @@ struct WriteParams {
   int64_t key_stride_token, key_stride_head, value_stride_token, value_stride_head;
   int64_t k_stride_block, k_stride_token, k_stride_head;
   int64_t v_stride_block, v_stride_token, v_stride_head;
+  const float *k_scale, *v_scale;  // as above
+  int k_scale_stride, v_scale_stride;
   const void* slots;
   bool slots_are_64_bit;
   int block_size, tokens, kv_heads, head_dim;
-  bool aligned;  // every row begins at a multiple of 16 bytes, and is one
+  Float type;    // of key and value
+  bool fp8;      // of the cache; otherwise it has that type
+  bool aligned;  // every row of key and value begins at a multiple of 16 bytes, and is one
 };
 
 struct MergeParams {

@@ -88,6 +88,24 @@ __device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, u
   }
 }
 
+// Four e4m3 as four fp16 in two registers.
+__device__ inline void widen_fp8(uint32_t four, uint32_t& low, uint32_t& high) {
+  asm("{\n.reg .b16 first, second;\n"
+      "mov.b32 {first, second}, %2;\n"
+      "cvt.rn.f16x2.e4m3x2 %0, first;\n"
+      "cvt.rn.f16x2.e4m3x2 %1, second;\n}\n"
+      : "=r"(low), "=r"(high)
+      : "r"(four));
+}
+// Two floats as e4m3, the first in the low byte; beyond its range they become its largest number.
+__device__ inline uint16_t narrow_to_fp8(float low, float high) {
+  uint16_t pair;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;\n" : "=h"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+// Bytes 0, 2, 1, 3.
+__device__ inline uint32_t swap_inner_bytes(uint32_t x) { return __byte_perm(x, 0, 0x3120); }
+
 __device__ inline float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));

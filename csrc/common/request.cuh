@@ -11,6 +11,10 @@ namespace sparsek {
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
+// What tensor cores multiply, where queries are T and keys and values are KV.
+template <typename T, typename KV>
+using Operand = std::conditional_t<std::is_same_v<KV, T>, T, __half>;
+
 __device__ inline float load_float(const void* data, Float type, int64_t index) {
   switch (type) {
     case Float::kFloat16:
@@ -20,6 +24,14 @@ __device__ inline float load_float(const void* data, Float type, int64_t index) 
     default:
       return static_cast<const float*>(data)[index];
   }
+}
+
+// Where a piece of 16 bytes of a row lies in a tile in shared memory: eight rows' pieces of the
+// same index, which ldmatrix reads together, are in eight different groups of banks.
+template <int kRowBytes>
+__device__ inline uint32_t tile_offset(int row, int piece) {
+  const uint32_t offset = row * kRowBytes + piece * 16;
+  return offset ^ (kRowBytes < 128 ? offset >> 3 & 0x70 : (row & 7) << 4);
 }
 
 struct KeyRange {
@@ -155,6 +167,49 @@ struct Exponential {
   }
 };
 
+// Of keys or values.
+__device__ inline float scale_of(const float* scales, int stride, int kv_head) {
+  return scales ? scales[kv_head * stride] : 1.0f;
+}
+
+// The power of two that brings the largest of a row's bf16 numbers close to the end of the range of
+// fp16, so that small ones keep their precision. From the bits of that largest one as a float.
+struct PowerOfTwo {
+  float up, down;
+
+  __device__ explicit PowerOfTwo(int largest) {
+    const int exponent = max(largest >> 23, 30);  // of 2^-97: both factors are normal numbers
+    up = __int_as_float((2 * 127 + 14 - exponent) << 23);
+    down = __int_as_float((exponent - 14) << 23);
+  }
+};
+// The larger of a row's largest so far and two more bf16 numbers; the bits of the absolute value.
+__device__ inline int largest_of(int largest, uint32_t pair) {
+  return max(largest,
+             max(static_cast<int>(pair << 16 & 0x7fffffff), static_cast<int>(pair & 0x7fff0000)));
+}
+__device__ inline uint32_t to_half(uint32_t pair, float factor) {
+  return pack<__half>(__int_as_float(static_cast<int>(pair << 16)) * factor,
+                      __int_as_float(static_cast<int>(pair & 0xffff0000)) * factor);
+}
+
+// Queries beside fp8 keys as fp16: bf16 ones by one factor for all that the warp has. Returns the
+// factor of their scores.
+template <typename T, int kCount>
+__device__ inline float fit_queries(uint32_t (&pairs)[kCount]) {
+  if constexpr (std::is_same_v<T, __half>) return 1.0f;
+  int largest = 0;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) largest = largest_of(largest, pairs[i]);
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2)
+    largest = max(largest, __shfl_xor_sync(~0u, largest, step));
+  const PowerOfTwo power(largest);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) pairs[i] = to_half(pairs[i], power.up);
+  return power.down;
+}
+
 struct RowState {
   float factor, lse;  // of the row's output, and its natural log-sum-exp
 };
@@ -162,16 +217,17 @@ struct RowState {
 // From a row's maximum in natural units and the sum of its exponentials, the sink included. In
 // powers of two the maximum could overflow: masks made by adding the lowest float are common.
 __device__ inline RowState finish_row(const AttentionParams& p, float peak, float sum, int head) {
+  const auto v_scale = [&] { return scale_of(p.v_scale, p.v_scale_stride, p.group_divisor(head)); };
   if (p.sinks) {
     const float sink = load_float(p.sinks, p.sinks_type, head * p.sinks_stride);
     const float top = sum > 0 ? fmaxf(peak, sink) : sink;
     const float rescale = sum > 0 ? exp2f((peak - top) * kLog2e) : 0.0f;
     const float total = sum * rescale + (sink == -INFINITY ? 0.0f : exp2f((sink - top) * kLog2e));
     if (!(total > 0)) return {0.0f, -INFINITY};
-    return {rescale / total, top + kLn2 * log2f(total)};
+    return {v_scale() * rescale / total, top + kLn2 * log2f(total)};
   }
   if (!(sum > 0)) return {0.0f, -INFINITY};
-  return {1 / sum, peak + kLn2 * log2f(sum)};
+  return {v_scale() / sum, peak + kLn2 * log2f(sum)};
 }
 
 }  // namespace sparsek

@@ -13,14 +13,12 @@
 
 namespace sparsek {
 
-constexpr int kUnitKeys = 64;
-
 // Units of one request, and how they are laid out: KV heads outermost, then tiles of rows, then
 // keys. The first unit begins at a multiple of kAlignment.
 //
 // kEven: the keys of a request that is alone are split evenly among as many thread blocks for each
 // KV head and tile of rows, by units without keys at the end. A block then has one segment.
-template <int kRows, int kAlignment, bool kEven>
+template <int kRows, int kUnitKeys, int kAlignment, bool kEven>
 struct RequestUnits {
   int row_tiles, key_units, keys_begin;
   int total;      // 2^31 units would be 2^37 tokens of a KV head
@@ -53,9 +51,9 @@ struct Segment {
 
 // A thread block's share of the units, taken segment by segment. All threads of the block make
 // one, together; they do not always meet there.
-template <int kThreads, int kRows, int kAlignment, bool kEven>
+template <int kThreads, int kRows, int kUnitKeys, int kAlignment, bool kEven>
 class Share {
-  using Units = RequestUnits<kRows, kAlignment, kEven>;
+  using Units = RequestUnits<kRows, kUnitKeys, kAlignment, kEven>;
 
  public:
   struct Scratch {  // in shared memory
@@ -189,7 +187,8 @@ struct Finish {
     const int r = segment.row0 + row, query = p.group_divisor(r);
     const int head = segment.kv_head * p.group + r - query * p.group;
     const int64_t token = int64_t{first_query(p, segment.request)} + query;
-    const RowState state = finish_row(p, peak * (kGeneral ? 1.0f : p.scale), sum, head);
+    const RowState state =
+        finish_row(p, peak * (kGeneral ? 1.0f : exponent_scale * kLn2), sum, head);
     uint2* destination = reinterpret_cast<uint2*>(
         static_cast<T*>(p.out) + token * p.out_stride_token + head * p.out_stride_head + column);
     *destination = {pack<T>(value.x * state.factor, value.y * state.factor),

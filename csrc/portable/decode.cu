@@ -4,6 +4,7 @@
 // common/split.cuh says how the work is shared out. Every warp streams its own 16 of a unit's 64
 // keys through its own ring in shared memory, and the warps meet only at the end of a segment.
 #include "../common/split.cuh"
+#include "operands.cuh"
 #include "portable.h"
 
 namespace sparsek::portable {
@@ -12,31 +13,30 @@ namespace {
 constexpr int kWarps = 4, kThreads = 32 * kWarps;
 constexpr int kRows = kDecodeRows, kGroupKeys = 16;
 constexpr int kRingBytes = 24 * 1024;  // a warp
-static_assert(kUnitKeys == kGroupKeys * kWarps);
+constexpr int kUnitKeys = kGroupKeys * kWarps;
 
-template <typename T, int kHeadDim, bool kGeneral>
+template <typename T, typename KV, int kHeadDim, bool kGeneral>
 __global__ void __launch_bounds__(kThreads, kDecodeBlocksPerMultiprocessor)
     decode_kernel(const __grid_constant__ AttentionParams p) {
-  constexpr int kSteps = kHeadDim / 16, kChunks = kHeadDim / 8;
-  constexpr uint32_t kRowBytes = 2 * kHeadDim, kGroupBytes = kGroupKeys * kRowBytes;
+  using M = Operand<T, KV>;
+  constexpr bool kFp8 = sizeof(KV) == 1;
+  constexpr int kSteps = kHeadDim / 16, kElements = 16 / sizeof(KV);  // of a piece of 16 bytes
+  constexpr int kRowBytes = sizeof(KV) * kHeadDim, kPieces = kRowBytes / 16;
+  constexpr uint32_t kGroupBytes = kGroupKeys * kRowBytes;
   constexpr int kStages = kRingBytes / (2 * kGroupBytes);
 
   extern __shared__ __align__(1024) char shared[];
   __shared__ float row_maxima[kWarps][kRows], row_sums[kWarps][kRows];
 
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  using OwnShare = Share<kThreads, kRows, kGroupKeys, false>;
+  using OwnShare = Share<kThreads, kRows, kUnitKeys, kGroupKeys, false>;
   __shared__ typename OwnShare::Scratch scratch;
   OwnShare share(p, scratch);
   if (share.empty()) return;
 
   const uint32_t ring = shared_address(shared) + warp * kRingBytes;
-  const auto offset = [](int row, int chunk) -> uint32_t {
-    return row * kRowBytes + ((chunk ^ (row & 7)) << 4);
-  };
-  const uint32_t k_lane = offset(lane / 16 * 8 + lane % 8, lane / 8 % 2);
-  const uint32_t v_lane = kGroupBytes + offset(lane % 16, lane / 16);
-  const float exponent_scale = kGeneral ? kLog2e : p.scale_log2e;
+  const uint32_t k_lane = tile_offset<kRowBytes>(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+  const uint32_t v_lane = kGroupBytes + tile_offset<kRowBytes>(lane % 16, lane / 16);
 
   for (Segment segment; share.next(p, segment);) {
     const Request request(p, segment.request);
@@ -51,6 +51,7 @@ __global__ void __launch_bounds__(kThreads, kDecodeBlocksPerMultiprocessor)
     const KeyRange common{request.keys(p, p.group_divisor(row0 + rows - 1)).begin,
                           request.keys(p, p.group_divisor(row0)).end};
 
+    constexpr int kPair = kFp8 ? 4 : 2, kSecond = kFp8 ? 2 : 8;
     uint32_t q[kSteps][4];
     {
       const T* source[2];
@@ -59,15 +60,21 @@ __global__ void __launch_bounds__(kThreads, kDecodeBlocksPerMultiprocessor)
         const int head = kv_head * p.group + rows_of[h] - queries[h] * p.group;
         source[h] = static_cast<const T*>(p.q) +
                     (int64_t{request.q_begin} + queries[h]) * p.q_stride_token +
-                    head * p.q_stride_head + 2 * (lane % 4);
+                    head * p.q_stride_head + kPair * (lane % 4);
       }
 #pragma unroll
       for (int d = 0; d < kSteps; ++d) {
 #pragma unroll
         for (int j = 0; j < 4; ++j)
-          q[d][j] = *reinterpret_cast<const uint32_t*>(source[j % 2] + 16 * d + 8 * (j / 2));
+          q[d][j] = *reinterpret_cast<const uint32_t*>(source[j % 2] + 16 * d + kSecond * (j / 2));
       }
     }
+    float score_factor = 1;
+    if constexpr (kFp8) {
+      score_factor = scale_of(p.k_scale, p.k_scale_stride, kv_head) *
+                     fit_queries<T>(reinterpret_cast<uint32_t (&)[4 * kSteps]>(q));
+    }
+    const float exponent_scale = kGeneral ? kLog2e : p.scale_log2e * score_factor;
     float out[kHeadDim / 8][4] = {};
     float row_max[2] = {-INFINITY, -INFINITY}, row_sum[2] = {0, 0};
 
@@ -80,13 +87,13 @@ __global__ void __launch_bounds__(kThreads, kDecodeBlocksPerMultiprocessor)
     const auto copy_next = [&](int stage) {
       if (next_key < key1) {
         const uint32_t k_group = ring + stage * 2 * kGroupBytes;
-        const T* k = next.at<T>(p.k, kv_head) + lane % kChunks * 8;
-        const T* v = next.at<T>(p.v, kv_head) + lane % kChunks * 8;
+        const KV* k = next.at<KV>(p.k, kv_head) + lane % kPieces * kElements;
+        const KV* v = next.at<KV>(p.v, kv_head) + lane % kPieces * kElements;
 #pragma unroll
-        for (int i = 0; i < kGroupKeys; i += 32 / kChunks) {
-          const int row = i + lane / kChunks, key = next_key + row;
+        for (int i = 0; i < kGroupKeys; i += 32 / kPieces) {
+          const int row = i + lane / kPieces, key = next_key + row;
           const bool valid = key >= keys.begin && key < keys.end;
-          const uint32_t destination = k_group + offset(row, lane % kChunks);
+          const uint32_t destination = k_group + tile_offset<kRowBytes>(row, lane % kPieces);
           copy_async_16(destination, k + row * p.k.stride_token, valid);
           copy_async_16(destination + kGroupBytes, v + row * p.v.stride_token, valid);
         }
@@ -108,11 +115,11 @@ __global__ void __launch_bounds__(kThreads, kDecodeBlocksPerMultiprocessor)
 
       float scores[2][4] = {};
 #pragma unroll
-      for (int d = 0; d < kSteps; ++d) {
+      for (int load = 0; load < kRowBytes / 32; ++load) {
         uint32_t k[4];
-        load_matrices(k, (group + k_lane) ^ (d << 5));
-        mma<T>(scores[0], q[d], k[0], k[1]);
-        mma<T>(scores[1], q[d], k[2], k[3]);
+        load_matrices(k, (group + k_lane) ^ (load << 5));
+        multiply_keys<M, KV>(scores[0], &q[load * (kFp8 ? 2 : 1)], k[0], k[1]);
+        multiply_keys<M, KV>(scores[1], &q[load * (kFp8 ? 2 : 1)], k[2], k[3]);
       }
       if (kGeneral || key < common.begin || key + kGroupKeys > common.end) {
 #pragma unroll
@@ -123,7 +130,8 @@ __global__ void __launch_bounds__(kThreads, kDecodeBlocksPerMultiprocessor)
             const bool sees = column >= visible[h].begin && column < visible[h].end;
             if (kGeneral) {
               const int head = kv_head * p.group + rows_of[h] - queries[h] * p.group;
-              scores[n][i] = adjust_score(p, scores[n][i], request, head, queries[h], column, sees);
+              scores[n][i] = adjust_score(p, scores[n][i] * score_factor, request, head, queries[h],
+                                          column, sees);
             }
             // By selection: adding -inf would keep a NaN.
             if (!sees) scores[n][i] = -INFINITY;
@@ -168,14 +176,13 @@ __global__ void __launch_bounds__(kThreads, kDecodeBlocksPerMultiprocessor)
         }
       }
       const uint32_t weights[4] = {
-          pack<T>(scores[0][0], scores[0][1]), pack<T>(scores[0][2], scores[0][3]),
-          pack<T>(scores[1][0], scores[1][1]), pack<T>(scores[1][2], scores[1][3])};
+          pack<M>(scores[0][0], scores[0][1]), pack<M>(scores[0][2], scores[0][3]),
+          pack<M>(scores[1][0], scores[1][1]), pack<M>(scores[1][2], scores[1][3])};
 #pragma unroll
-      for (int n = 0; n < kHeadDim / 16; ++n) {
+      for (int load = 0; load < kRowBytes / 32; ++load) {
         uint32_t v[4];
-        load_matrices_transposed(v, (group + v_lane) ^ (n << 5));
-        mma<T>(out[2 * n], weights, v[0], v[1]);
-        mma<T>(out[2 * n + 1], weights, v[2], v[3]);
+        load_matrices_transposed(v, (group + v_lane) ^ (load << 5));
+        multiply_values<M, KV>(&out[load * (kFp8 ? 4 : 2)], weights, v);
       }
     }
     copy_async_wait<0>();
@@ -195,8 +202,9 @@ __global__ void __launch_bounds__(kThreads, kDecodeBlocksPerMultiprocessor)
       if (row < rows) {
 #pragma unroll
         for (int n = 0; n < kHeadDim / 8; ++n) {
-          *reinterpret_cast<float2*>(own_part + row * kHeadDim + 8 * n + 2 * (lane % 4)) =
-              make_float2(out[n][2 * h], out[n][2 * h + 1]);
+          const OutputPair<KV> pair(out, n, h);
+          *reinterpret_cast<float2*>(own_part + row * kHeadDim + pair.column(lane)) =
+              make_float2(pair.first, pair.second);
         }
       }
     }
@@ -224,9 +232,9 @@ __global__ void __launch_bounds__(kThreads, kDecodeBlocksPerMultiprocessor)
   }
 }
 
-template <typename T, int kHeadDim, bool kGeneral>
+template <typename T, typename KV, int kHeadDim, bool kGeneral>
 cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
-  auto kernel = decode_kernel<T, kHeadDim, kGeneral>;
+  auto kernel = decode_kernel<T, KV, kHeadDim, kGeneral>;
   constexpr int bytes = kWarps * kRingBytes;
   cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
@@ -241,12 +249,14 @@ cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
 
 }  // namespace
 
-template <typename T, int kHeadDim>
+template <typename T, typename KV, int kHeadDim>
 cudaError_t decode(const AttentionParams& p, cudaStream_t stream) {
   const bool general = p.softcap > 0 || p.bias;
-  return general ? launch<T, kHeadDim, true>(p, stream) : launch<T, kHeadDim, false>(p, stream);
+  return general ? launch<T, KV, kHeadDim, true>(p, stream)
+                 : launch<T, KV, kHeadDim, false>(p, stream);
 }
 
-template cudaError_t decode<SPARSEK_DTYPE, SPARSEK_HEAD_DIM>(const AttentionParams&, cudaStream_t);
+template cudaError_t decode<SPARSEK_DTYPE, SPARSEK_KV, SPARSEK_HEAD_DIM>(const AttentionParams&,
+                                                                         cudaStream_t);
 
 }  // namespace sparsek::portable

@@ -1,5 +1,5 @@
-// Kernels that run on every supported GPU. Attention is compiled for one dtype and head_dim at a
-// time.
+// Kernels that run on every supported GPU. Attention is compiled for one dtype of queries
+// and output, one of keys and values and one head_dim at a time.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -8,11 +8,11 @@
 namespace sparsek::portable {
 
 // Requests of more than params.decode_rows rows.
-template <typename T, int kHeadDim>
+template <typename T, typename KV, int kHeadDim>
 cudaError_t prefill(const AttentionParams& params, cudaStream_t stream);
 
 // Requests of at most params.decode_rows rows.
-template <typename T, int kHeadDim>
+template <typename T, typename KV, int kHeadDim>
 cudaError_t decode(const AttentionParams& params, cudaStream_t stream);
 
 constexpr int kDecodeBlocksPerMultiprocessor = 2;
@@ -24,7 +24,7 @@ __host__ __device__ constexpr int decode_part_floats(int head_dim) {
   return kDecodeRows * (head_dim + 2);
 }
 
-// Copies rows of 16-bit elements to their slots.
+// Copies rows of 16-bit elements to their slots, or converts them to fp8.
 cudaError_t write_kv(const WriteParams& params, cudaStream_t stream);
 
 template <typename T>

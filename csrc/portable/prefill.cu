@@ -5,7 +5,7 @@
 // walks over the keys that they see, kBlockN at a time, through a ring of kStages tiles in shared
 // memory. A warp owns its rows, so the softmax needs no exchange between warps. Queries stay in
 // shared memory at head_dim 128, where registers are short, and in registers at 64.
-#include "../common/request.cuh"
+#include "operands.cuh"
 #include "portable.h"
 
 namespace sparsek::portable {
@@ -31,33 +31,64 @@ constexpr int kSlice = kBlockN / kWarps < 16 ? kBlockN / kWarps : 16;
 static_assert(SPARSEK_BLOCK_M % (16 * kWarps) == 0 && kBlockN % (kSlice * kWarps) == 0);
 static_assert(16 % kSlice == 0 && kSlice >= 4 && kStages >= 2);
 
-// Softcap and bias take registers that two row tiles a warp do not leave.
-template <bool kGeneral>
-constexpr int kBlockM = kGeneral ? 16 * kWarps : SPARSEK_BLOCK_M;
+// Softcap, bias and fp8 take registers that two row tiles a warp do not leave.
+template <typename KV, bool kGeneral>
+constexpr int kBlockM = kGeneral || sizeof(KV) == 1 ? 16 * kWarps : SPARSEK_BLOCK_M;
 
-template <int kHeadDim, bool kGeneral>
-constexpr int kSharedBytes = 2 * kHeadDim * (kBlockM<kGeneral> + 2 * kStages * kBlockN);
+template <typename KV, int kHeadDim, bool kGeneral>
+constexpr int kSharedBytes =
+    kHeadDim * (2 * kBlockM<KV, kGeneral> + 2 * int{sizeof(KV)} * kStages * kBlockN);
 
-// A tile's rows are kHeadDim elements in chunks of 16 bytes, the chunk index XORed with the row's
-// low three bits so that ldmatrix reads eight rows from eight different bank groups.
-template <int kHeadDim>
-__device__ inline uint32_t tile_offset(int row, int chunk) {
-  return row * (2 * kHeadDim) + ((chunk ^ (row & 7)) << 4);
+// Queries beside fp8 keys: fp16 in the order that products take them (see operands.cuh), bf16 ones
+// scaled to its range. The factor of each row's scores goes to `factors`.
+template <typename T, int kHeadDim, int kBlockM>
+__device__ inline void reorder_queries(char* q, float* factors) {
+  constexpr int kLanes = kHeadDim / 16;  // that share a row
+  static_assert(kBlockM * kLanes % kThreads == 0);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < kBlockM * kLanes; i += kThreads) {
+    const int row = i / kLanes, piece = i % kLanes * 2;
+    auto* first = reinterpret_cast<uint4*>(q + tile_offset<2 * kHeadDim>(row, piece));
+    auto* second = reinterpret_cast<uint4*>(q + tile_offset<2 * kHeadDim>(row, piece + 1));
+    const uint4 a = *first, b = *second;
+    uint32_t pairs[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+    float factor = 1;
+    if constexpr (!std::is_same_v<T, __half>) {
+      int largest = 0;
+#pragma unroll
+      for (const uint32_t pair : pairs) largest = largest_of(largest, pair);
+#pragma unroll
+      for (int step = 1; step < kLanes; step *= 2)
+        largest = max(largest, __shfl_xor_sync(~0u, largest, step));
+      const PowerOfTwo power(largest);
+#pragma unroll
+      for (uint32_t& pair : pairs) pair = to_half(pair, power.up);
+      factor = power.down;
+    }
+    *first = {pairs[0], pairs[2], pairs[4], pairs[6]};
+    *second = {pairs[1], pairs[3], pairs[5], pairs[7]};
+    if (piece == 0) factors[row] = factor;
+  }
 }
 
-template <typename T, int kHeadDim, bool kGeneral>
+template <typename T, typename KV, int kHeadDim, bool kGeneral>
 __global__ void __launch_bounds__(kThreads, kWarps <= 4 ? 2 : 1)
     prefill_kernel(const __grid_constant__ AttentionParams p) {
-  constexpr int kBlockM = portable::kBlockM<kGeneral>;
+  using M = Operand<T, KV>;
+  constexpr bool kFp8 = sizeof(KV) == 1;
+  constexpr int kBlockM = portable::kBlockM<KV, kGeneral>;
   constexpr int kRowTiles = kBlockM / (16 * kWarps);  // of 16 rows, a warp
-  constexpr int kChunks = kHeadDim / 8;               // of 16 bytes, a row
-  constexpr int kRowsAtOnce = kThreads / kChunks;     // that all threads copy together
-  constexpr int kSteps = kHeadDim / 16;               // of QK^T along head_dim
-  constexpr int kKeyTiles = kBlockN / 8;              // columns of the score tile
-  constexpr int kGroups = kBlockN / 16;               // of 16 keys
+  constexpr int kChunks = kHeadDim / 8;               // of 16 bytes, a row of queries
+  constexpr int kRowBytes = sizeof(KV) * kHeadDim;    // of keys or values
+  constexpr int kPieces = kRowBytes / 16, kElements = 16 / sizeof(KV);  // of a piece
+  constexpr int kStepsALoad = kFp8 ? 2 : 1;
+  constexpr int kRowsAtOnce = kThreads / kChunks;  // that all threads copy together
+  constexpr int kSteps = kHeadDim / 16;            // of QK^T along head_dim
+  constexpr int kKeyTiles = kBlockN / 8;           // columns of the score tile
+  constexpr int kGroups = kBlockN / 16;            // of 16 keys
   constexpr int kSlicesAWarp = kBlockN / (kSlice * kWarps);
   constexpr bool kQueriesInRegisters = kHeadDim <= 64;
-  constexpr uint32_t kTileBytes = kBlockN * kHeadDim * 2;
+  constexpr uint32_t kTileBytes = kBlockN * kRowBytes;
 
   extern __shared__ __align__(1024) char shared[];
   const uint32_t shared_q = shared_address(shared);
@@ -85,7 +116,14 @@ __global__ void __launch_bounds__(kThreads, kWarps <= 4 ? 2 : 1)
     const T* source = static_cast<const T*>(p.q) +
                       (int64_t{request.q_begin} + query) * p.q_stride_token +
                       head * p.q_stride_head + chunk * 8;
-    copy_async_16(shared_q + tile_offset<kHeadDim>(row, chunk), source, valid);
+    copy_async_16(shared_q + tile_offset<2 * kHeadDim>(row, chunk), source, valid);
+  }
+  __shared__ float score_factors[kFp8 ? kBlockM : 1];
+  if constexpr (kFp8) {
+    copy_async_commit();
+    copy_async_wait<0>();
+    __syncthreads();
+    reorder_queries<T, kHeadDim, kBlockM>(shared, score_factors);
   }
 
   // Keys that the tile needs, in tiles of kBlockN that start at a multiple of 16.
@@ -119,13 +157,13 @@ __global__ void __launch_bounds__(kThreads, kWarps <= 4 ? 2 : 1)
 #pragma unroll
     for (int i = 0; i < kSlicesAWarp; ++i) {
       const int first = kSlice * (warp + i * kWarps);
-      const T* k = next[i].at<T>(p.k, kv_head) + lane % kChunks * 8;
-      const T* v = next[i].at<T>(p.v, kv_head) + lane % kChunks * 8;
+      const KV* k = next[i].at<KV>(p.k, kv_head) + lane % kPieces * kElements;
+      const KV* v = next[i].at<KV>(p.v, kv_head) + lane % kPieces * kElements;
 #pragma unroll
-      for (int row = lane / kChunks; row < kSlice; row += 32 / kChunks) {
+      for (int row = lane / kPieces; row < kSlice; row += 32 / kPieces) {
         const int key = key0 + first + row;
         const bool valid = key >= constants.window_begin && key < keys_end;
-        const uint32_t offset = tile_offset<kHeadDim>(first + row, lane % kChunks);
+        const uint32_t offset = tile_offset<kRowBytes>(first + row, lane % kPieces);
         copy_async_16(k_tile + offset, k + row * p.k.stride_token, valid);
         copy_async_16(v_tile + offset, v + row * p.v.stride_token, valid);
       }
@@ -141,17 +179,29 @@ __global__ void __launch_bounds__(kThreads, kWarps <= 4 ? 2 : 1)
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) row_max[m][0] = row_max[m][1] = -INFINITY;
   float out[kRowTiles][kHeadDim / 8][4] = {};
+  float score_factor[2];
+  if constexpr (kFp8) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      score_factor[h] = scale_of(p.k_scale, p.k_scale_stride, kv_head) *
+                        score_factors[warp * 16 + lane / 4 + 8 * h];
+  }
 
   // ldmatrix addresses within a tile, for the first 16 elements of a row; step d along the row is
   // an XOR with d * 32 bytes. Q and V (transposed on the way): rows by lane % 16, chunk by
   // lane / 16. K: two 8-key matrices by two chunks.
-  const auto across_rows = [&] { return tile_offset<kHeadDim>(lane % 16, lane / 16); };
-  const auto across_chunks = [&] {
-    return tile_offset<kHeadDim>(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+  const auto across_rows = [&](auto row_bytes) {
+    return tile_offset<decltype(row_bytes)::value>(lane % 16, lane / 16);
   };
-  constexpr uint32_t kSixteenRows = 16 * 2 * kHeadDim;
+  const auto across_chunks = [&] {
+    return tile_offset<kRowBytes>(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+  };
+  using QueryBytes = std::integral_constant<int, 2 * kHeadDim>;
+  using KeyBytes = std::integral_constant<int, kRowBytes>;
+  constexpr uint32_t kSixteenQueries = 16 * 2 * kHeadDim, kSixteenKeys = 16 * kRowBytes;
 
-  uint32_t q_registers[kQueriesInRegisters ? kSteps : 1][kRowTiles][4];
+  uint32_t q_registers[kQueriesInRegisters ? kSteps : kStepsALoad][kRowTiles][4];
+  static_assert(!kFp8 || kRowTiles == 1);  // steps follow each other
 
   if (keys_begin < keys_end) find_tile(keys_begin);
 #pragma unroll
@@ -176,38 +226,49 @@ __global__ void __launch_bounds__(kThreads, kWarps <= 4 ? 2 : 1)
     const uint32_t k_tile = shared_kv + stage * 2 * kTileBytes, v_tile = k_tile + kTileBytes;
 
     if (kQueriesInRegisters && key0 == keys_begin) {
-      const uint32_t q_lane = shared_q + warp * kRowTiles * kSixteenRows + across_rows();
+      const uint32_t q_lane =
+          shared_q + warp * kRowTiles * kSixteenQueries + across_rows(QueryBytes{});
 #pragma unroll
       for (int d = 0; d < kSteps; ++d) {
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
           load_matrices(q_registers[kQueriesInRegisters ? d : 0][m],
-                        (q_lane ^ (d << 5)) + m * kSixteenRows);
+                        (q_lane ^ (d << 5)) + m * kSixteenQueries);
         }
       }
     }
 
-    const uint32_t q_lane = shared_q + warp * kRowTiles * kSixteenRows + across_rows();
+    const uint32_t q_lane =
+        shared_q + warp * kRowTiles * kSixteenQueries + across_rows(QueryBytes{});
     const uint32_t k_lane = k_tile + across_chunks();
     float scores[kRowTiles][kKeyTiles][4] = {};
 #pragma unroll
-    for (int d = 0; d < kSteps; ++d) {
+    for (int load = 0; load < kRowBytes / 32; ++load) {
       if (!kQueriesInRegisters) {
 #pragma unroll
-        for (int m = 0; m < kRowTiles; ++m)
-          load_matrices(q_registers[0][m], (q_lane ^ (d << 5)) + m * kSixteenRows);
+        for (int step = 0; step < kStepsALoad; ++step) {
+#pragma unroll
+          for (int m = 0; m < kRowTiles; ++m) {
+            load_matrices(q_registers[step][m],
+                          (q_lane ^ (load * kStepsALoad + step) << 5) + m * kSixteenQueries);
+          }
+        }
       }
-      const auto& q = q_registers[kQueriesInRegisters ? d : 0];
+      const auto& q = q_registers[kQueriesInRegisters ? load * kStepsALoad : 0];
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) {
         uint32_t k[4];
-        load_matrices(k, (k_lane ^ (d << 5)) + g * kSixteenRows);
+        load_matrices(k, (k_lane ^ (load << 5)) + g * kSixteenKeys);
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
-          mma<T>(scores[m][2 * g], q[m], k[0], k[1]);
-          mma<T>(scores[m][2 * g + 1], q[m], k[2], k[3]);
+          multiply_keys<M, KV>(scores[m][2 * g], &q[m], k[0], k[1]);
+          multiply_keys<M, KV>(scores[m][2 * g + 1], &q[m], k[2], k[3]);
         }
       }
+    }
+    if constexpr (kFp8) {
+#pragma unroll
+      for (int i = 0; i < 4 * kKeyTiles; ++i) scores[0][i / 4][i % 4] *= score_factor[i % 4 / 2];
     }
 
     const KeyRange common = constants.common;
@@ -289,7 +350,7 @@ __global__ void __launch_bounds__(kThreads, kWarps <= 4 ? 2 : 1)
       }
     }
 
-    const uint32_t v_lane = v_tile + across_rows();
+    const uint32_t v_lane = v_tile + across_rows(KeyBytes{});
     // The accumulator layout of two 8-key tiles is the A operand of one step of 16 keys.
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
@@ -299,18 +360,16 @@ __global__ void __launch_bounds__(kThreads, kWarps <= 4 ? 2 : 1)
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           const float* pair = &scores[m][2 * g + j / 2][2 * (j % 2)];
-          weights[m][j] = pack<T>(pair[0], pair[1]);
+          weights[m][j] = pack<M>(pair[0], pair[1]);
         }
       }
 #pragma unroll
-      for (int n = 0; n < kHeadDim / 16; ++n) {
+      for (int load = 0; load < kRowBytes / 32; ++load) {
         uint32_t v[4];
-        load_matrices_transposed(v, (v_lane ^ (n << 5)) + g * kSixteenRows);
+        load_matrices_transposed(v, (v_lane ^ (load << 5)) + g * kSixteenKeys);
 #pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) {
-          mma<T>(out[m][2 * n], weights[m], v[0], v[1]);
-          mma<T>(out[m][2 * n + 1], weights[m], v[2], v[3]);
-        }
+        for (int m = 0; m < kRowTiles; ++m)
+          multiply_values<M, KV>(&out[m][2 * kStepsALoad * load], weights[m], v);
       }
     }
     stage = (stage + 1) % kStages;
@@ -331,39 +390,42 @@ __global__ void __launch_bounds__(kThreads, kWarps <= 4 ? 2 : 1)
       const int query = p.group_divisor(r), head = kv_head * p.group + r - query * p.group;
       const int64_t token = int64_t{finished.q_begin} + query;
       const RowState state = finish_row(p, row_max[m][h] * (kGeneral ? 1.0f : p.scale), sum, head);
-      T* destination = static_cast<T*>(p.out) + token * p.out_stride_token +
-                       head * p.out_stride_head + 2 * (lane % 4);
+      T* destination =
+          static_cast<T*>(p.out) + token * p.out_stride_token + head * p.out_stride_head;
 #pragma unroll
       for (int n = 0; n < kHeadDim / 8; ++n) {
-        *reinterpret_cast<uint32_t*>(destination + 8 * n) =
-            pack<T>(out[m][n][2 * h] * state.factor, out[m][n][2 * h + 1] * state.factor);
+        const OutputPair<KV> pair(out[m], n, h);
+        *reinterpret_cast<uint32_t*>(destination + pair.column(lane)) =
+            pack<T>(pair.first * state.factor, pair.second * state.factor);
       }
       if (p.lse && lane % 4 == 0) p.lse[head * p.lse_stride_head + token] = state.lse;
     }
   }
 }
 
-template <typename T, int kHeadDim, bool kGeneral>
+template <typename T, typename KV, int kHeadDim, bool kGeneral>
 cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
-  auto kernel = prefill_kernel<T, kHeadDim, kGeneral>;
-  constexpr int bytes = kSharedBytes<kHeadDim, kGeneral>;
+  auto kernel = prefill_kernel<T, KV, kHeadDim, kGeneral>;
+  constexpr int bytes = kSharedBytes<KV, kHeadDim, kGeneral>;
   static_assert(bytes <= 99 * 1024);
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
-  const int tiles = most_tiles<kBlockM<kGeneral>>(p);
+  const int tiles = most_tiles<kBlockM<KV, kGeneral>>(p);
   kernel<<<dim3(static_cast<unsigned>(tiles), p.kv_heads), kThreads, bytes, stream>>>(p);
   return cudaGetLastError();
 }
 
 }  // namespace
 
-template <typename T, int kHeadDim>
+template <typename T, typename KV, int kHeadDim>
 cudaError_t prefill(const AttentionParams& p, cudaStream_t stream) {
   const bool general = p.softcap > 0 || p.bias;
-  return general ? launch<T, kHeadDim, true>(p, stream) : launch<T, kHeadDim, false>(p, stream);
+  return general ? launch<T, KV, kHeadDim, true>(p, stream)
+                 : launch<T, KV, kHeadDim, false>(p, stream);
 }
 
-template cudaError_t prefill<SPARSEK_DTYPE, SPARSEK_HEAD_DIM>(const AttentionParams&, cudaStream_t);
+template cudaError_t prefill<SPARSEK_DTYPE, SPARSEK_KV, SPARSEK_HEAD_DIM>(const AttentionParams&,
+                                                                          cudaStream_t);
 
 }  // namespace sparsek::portable

@@ -3,11 +3,15 @@
 //
 // common/split.cuh says how the work is shared out. One thread block a multiprocessor: a producer
 // warp runs ahead through the block's whole share, across segments, and keeps a ring of units in
-// shared memory full. Two groups of four consumer warps take units in turn, each warp 16 keys.
+// shared memory full. Two groups of four consumer warps take units in turn, each warp 16 keys, or
+// 32 of fp8: as many bytes.
 //
 // The operands of the products are swapped: keys (then the dimensions of V) are the 16 rows of
 // mma.sync m16n8k16 and queries its 8 columns, since a KV head has few. kTiles such tiles of rows
-// are held at once.
+// are held at once. Keys and values of fp8 become fp16 on their way from shared memory to
+// registers: the pieces of 16 bytes that ldmatrix hands out then hold other elements, so that
+// queries are loaded, and dimensions of the output counted, in another order. bf16 queries are
+// scaled to fp16.
 #include "../common/hopper.cuh"
 #include "../common/split.cuh"
 #include "tensor_map.h"
@@ -17,31 +21,37 @@ namespace {
 
 constexpr int kGroups = 2, kWarpsOfGroup = 4, kWarps = kGroups * kWarpsOfGroup;
 constexpr int kConsumers = 32 * kWarps, kThreads = kConsumers + 32;
-constexpr int kGroupKeys = kUnitKeys / kWarpsOfGroup;
-static_assert(kGroupKeys == 16);
 constexpr int kRingBytes = 128 * 1024;
 constexpr int kConsumerBarrier = 1;
 
-template <int kHeadDim>
-constexpr int kTensorBytes = 2 * kHeadDim * kUnitKeys;  // of K or V, a unit
-template <int kHeadDim>
-constexpr int kStages = kRingBytes / (2 * kTensorBytes<kHeadDim>);
+template <typename KV, int kHeadDim, int kTiles>
+struct Shape {
+  static constexpr bool kFp8 = sizeof(KV) == 1;
+  // Of 16 keys, of a warp in a unit: as many as there are registers for.
+  static constexpr int kKeyTiles = kFp8 && kHeadDim * kTiles < 256 ? 2 : 1;
+  static constexpr int kGroupKeys = 16 * kKeyTiles, kUnitKeys = kWarpsOfGroup * kGroupKeys;
+  static constexpr int kRowBytes = sizeof(KV) * kHeadDim;       // of a key
+  static constexpr int kUnitBytes = 2 * kRowBytes * kUnitKeys;  // and values
+  static constexpr int kStages = kRingBytes / kUnitBytes;
+};
 // Rows of sums that warps leave each other: four floats more keep them in different banks.
 template <int kHeadDim>
 constexpr int kPitch = kHeadDim + 4;
-template <int kTiles>
-using OwnShare = Share<kThreads, 8 * kTiles, kUnitKeys, true>;
+template <typename S, int kTiles>
+using OwnShare = Share<kThreads, 8 * kTiles, S::kUnitKeys, S::kUnitKeys, true>;
 
-template <int kHeadDim, int kTiles>
+template <typename KV, int kHeadDim, int kTiles>
 struct Shared {
+  using S = Shape<KV, kHeadDim, kTiles>;
   static constexpr int kRows = 8 * kTiles;
   static constexpr int kMeetingFloats = kWarpsOfGroup * kRows * kPitch<kHeadDim>;
 
   char ring[kRingBytes];
   float meeting[kMeetingFloats];  // warps' sums
   float row_maxima[kWarps][kRows], row_sums[kWarps][kRows];
-  uint64_t full[kStages<kHeadDim>], empty[kStages<kHeadDim>];
-  typename OwnShare<kTiles>::Scratch scratch;
+  Segment segments[kWarps];
+  uint64_t full[S::kStages], empty[S::kStages];
+  typename OwnShare<S, kTiles>::Scratch scratch;
 };
 
 struct DecodeParams {
@@ -52,13 +62,12 @@ struct DecodeParams {
 };
 
 // Brings the units of the block's share, one after the other.
-template <int kHeadDim, typename Share>
+template <typename S, typename Share>
 __device__ void produce(const DecodeParams& d, Share& share, char* ring, uint64_t* full,
                         uint64_t* empty) {
-  constexpr int kBytes = kTensorBytes<kHeadDim>, kStagesHere = kStages<kHeadDim>;
   const AttentionParams& p = d.attention;
   const int lane = threadIdx.x % 32;
-  const int boxes = kUnitKeys >> d.box_keys_log2;  // of a unit
+  const int boxes = S::kUnitKeys >> d.box_keys_log2;  // of a unit
   const int blocks = static_cast<int>(p.k.blocks);
   int stage = 0, phase = 0;
   for (Segment segment; share.next(p, segment);) {
@@ -84,34 +93,63 @@ __device__ void produce(const DecodeParams& d, Share& share, char* ring, uint64_
       const int block = __shfl_sync(~0u, now.block, (box + lane) % 32);
       const int token = __shfl_sync(~0u, now.token, (box + lane) % 32);
       mbarrier_wait(&empty[stage], phase ^ 1);
-      if (lane == 0) mbarrier_arrive_expect(&full[stage], 2 * kBytes);
+      if (lane == 0) mbarrier_arrive_expect(&full[stage], S::kUnitBytes);
       __syncwarp();
       if (lane < boxes) {
-        const int box_bytes = 2 * kHeadDim << d.box_keys_log2;
-        char* k = ring + stage * 2 * kBytes + lane * 2 * box_bytes;
+        const int box_bytes = S::kRowBytes << d.box_keys_log2;
+        char* k = ring + stage * S::kUnitBytes + lane * 2 * box_bytes;
         tensor_copy(k, &d.k, &full[stage], 0, token, 0, segment.kv_head, block);
         if (!d.joined)
           tensor_copy(k + box_bytes, &d.v, &full[stage], 0, token, 0, segment.kv_head, block);
       }
-      if (++stage == kStagesHere) stage = 0, phase ^= 1;
+      if (++stage == S::kStages) stage = 0, phase ^= 1;
     }
   }
 }
 
-template <typename T, int kHeadDim, int kTiles, bool kGeneral>
+// Where a piece of 16 bytes of a row lies in a box, whose rows are `pitch` bytes apart: TMA XORs
+// bits 4 to 6 of an offset with bits 7 to 9.
+__device__ inline uint32_t swizzled(int row, int pitch, int piece) {
+  const uint32_t offset = row * pitch + piece * 16;
+  return offset ^ (offset >> 3 & 0x70);
+}
+
+// A 16x16 first operand of two that a load has brought: `which` 0 or 1. Columns are dimensions of
+// keys, or keys.
+template <typename S, bool kValues>
+__device__ inline void first_operand(uint32_t (&a)[4], const uint32_t (&loaded)[4], int which) {
+  if constexpr (S::kFp8) {
+    const uint32_t upper = loaded[2 * which], lower = loaded[2 * which + 1];
+    if constexpr (kValues) {
+      widen_fp8(swap_inner_bytes(upper), a[0], a[1]);
+      widen_fp8(swap_inner_bytes(lower), a[2], a[3]);
+    } else {
+      widen_fp8(upper, a[0], a[2]);
+      widen_fp8(lower, a[1], a[3]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] = loaded[i];
+  }
+}
+
+template <typename T, typename KV, int kHeadDim, int kTiles, bool kGeneral>
 __global__ void __launch_bounds__(kThreads, 1)
     decode_kernel(const __grid_constant__ DecodeParams d) {
-  constexpr int kSteps = kHeadDim / 16, kRows = 8 * kTiles;
-  constexpr int kBytes = kTensorBytes<kHeadDim>, kStagesHere = kStages<kHeadDim>;
+  using S = Shape<KV, kHeadDim, kTiles>;
+  using M = Operand<T, KV>;
+  constexpr int kSteps = kHeadDim / 16, kRows = 8 * kTiles;  // steps of 16 dimensions
+  constexpr int kStepsALoad = S::kFp8 ? 2 : 1, kLoads = kSteps / kStepsALoad;
+  constexpr int kScores = 4 * S::kKeyTiles;  // of a row tile: four a key tile
   extern __shared__ __align__(1024) char dynamic[];
-  auto& shared = *reinterpret_cast<Shared<kHeadDim, kTiles>*>(dynamic);
+  auto& shared = *reinterpret_cast<Shared<KV, kHeadDim, kTiles>*>(dynamic);
 
   const AttentionParams& p = d.attention;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   if (thread == 0) {
     prefetch_tensor_map(&d.k);
     if (!d.joined) prefetch_tensor_map(&d.v);
-    for (int i = 0; i < kStagesHere; ++i) {
+    for (int i = 0; i < S::kStages; ++i) {
       mbarrier_init(&shared.full[i], 1);
       mbarrier_init(&shared.empty[i], kWarpsOfGroup);
     }
@@ -121,56 +159,68 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   wait_for_previous_kernel();
   allow_next_kernel();
-  OwnShare<kTiles> share(p, shared.scratch);
+  OwnShare<S, kTiles> share(p, shared.scratch);
   if (share.empty()) return;
-  if (warp == kWarps) return produce<kHeadDim>(d, share, shared.ring, shared.full, shared.empty);
+  if (warp == kWarps) return produce<S>(d, share, shared.ring, shared.full, shared.empty);
 
   const int warp_of_group = warp % kWarpsOfGroup, group = warp / kWarpsOfGroup;
-  // Where this lane's row of a matrix lies in a warp's 16 keys: boxes of 16 or more keys, each one
-  // chunk of the head after the other, first of keys, then of values; 16-byte pieces XORed with the
-  // row's low three bits.
-  const int chunk_bytes = 2 * kChunk << d.box_keys_log2;
-  const int own_key = warp_of_group * kGroupKeys;
-  const int own_box = own_key >> d.box_keys_log2;
-  const int box_bytes = kHeadDim / kChunk * chunk_bytes;
-  const uint32_t own_rows =
-      own_box * 2 * box_bytes + (own_key - (own_box << d.box_keys_log2)) * 2 * kChunk;
-  const uint32_t ring = shared_address(shared.ring);
-  const auto piece = [](int row, int index) -> uint32_t {
-    return row * (2 * kChunk) + ((index ^ (row & 7)) << 4);
-  };
-  const uint32_t k_lane = ring + own_rows + piece(lane % 16, lane / 16);
-  const uint32_t v_lane =
-      ring + box_bytes + own_rows + piece(lane % 8 + lane / 16 * 8, lane / 8 % 2);
-  const float exponent_scale = kGeneral ? kLog2e : p.scale_log2e;
+  // Where this lane's row of a matrix lies in a warp's keys: boxes of 16 or more keys, each one
+  // chunk of the head after the other, first of keys, then of values. Of two short rows in one copy
+  // keys and values are one chunk.
+  const bool one_chunk = 2 * S::kRowBytes <= kChunkBytes && d.joined;
+  const int pitch = one_chunk ? kChunkBytes : min(kChunkBytes, S::kRowBytes);
+  const int chunk_bytes = kChunkBytes << d.box_keys_log2;
+  const int box_bytes = S::kRowBytes << d.box_keys_log2;
+  const int own_key = warp_of_group * S::kGroupKeys, own_box = own_key >> d.box_keys_log2;
+  const int own_row = own_key - (own_box << d.box_keys_log2);
+  const int key_tile_bytes = d.box_keys == 16 ? 2 * box_bytes : 16 * pitch;
+  const uint32_t own_ring = shared_address(shared.ring) + own_box * 2 * box_bytes;
+  const uint32_t k_lane = own_ring + swizzled(own_row + lane % 16, pitch, lane / 16);
+  // Two loaded registers are of the same keys, or, of fp8, of the same dimensions.
+  const int v_row = own_row + (S::kFp8 ? lane % 16 : lane % 8 + lane / 16 * 8);
+  const int v_piece = S::kFp8 ? lane / 16 : lane / 8 % 2;
+  const uint32_t v_lane = one_chunk ? own_ring + swizzled(v_row, pitch, v_piece + S::kRowBytes / 16)
+                                    : own_ring + box_bytes + swizzled(v_row, pitch, v_piece);
 
   int stage = group, phase = 0, turn = 0;
   for (Segment segment; share.next(p, segment);) {
     const Request request(p, segment.request);
-    const int kv_head = segment.kv_head, row0 = segment.row0, rows = segment.rows;
     const KeyRange keys = segment.keys;
-    const auto query_of = [&](int row) { return p.group_divisor(row0 + min(row, rows - 1)); };
+    const auto query_of = [&](int row) {
+      return p.group_divisor(segment.row0 + min(row, segment.rows - 1));
+    };
     const auto head_of = [&](int row, int query) {
-      return kv_head * p.group + row0 + min(row, rows - 1) - query * p.group;
+      return segment.kv_head * p.group + segment.row0 + min(row, segment.rows - 1) -
+             query * p.group;
     };
     // Keys that every row sees need no mask.
-    const KeyRange common{request.keys(p, query_of(rows - 1)).begin,
+    const KeyRange common{request.keys(p, query_of(segment.rows - 1)).begin,
                           request.keys(p, query_of(0)).end};
 
-    // As the second operand: this lane has row lane / 4 of a tile.
+    // What is needed at the end of the segment waits in shared memory: registers are short.
+    if (lane == 0) shared.segments[warp] = segment;
+
+    // As the second operand: this lane has row lane / 4 of a tile, two times two elements a step.
+    constexpr int kPair = S::kFp8 ? 4 : 2, kSecond = S::kFp8 ? 2 : 8;
     uint32_t q[kTiles][kSteps][2];
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
       const int query = query_of(8 * t + lane / 4), head = head_of(8 * t + lane / 4, query);
       const T* source = static_cast<const T*>(p.q) +
                         (int64_t{request.q_begin} + query) * p.q_stride_token +
-                        head * p.q_stride_head + 2 * (lane % 4);
+                        head * p.q_stride_head + kPair * (lane % 4);
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         q[t][step][0] = *reinterpret_cast<const uint32_t*>(source + 16 * step);
-        q[t][step][1] = *reinterpret_cast<const uint32_t*>(source + 16 * step + 8);
+        q[t][step][1] = *reinterpret_cast<const uint32_t*>(source + 16 * step + kSecond);
       }
     }
+    float score_factor = 1;
+    if constexpr (S::kFp8) {
+      score_factor = scale_of(p.k_scale, p.k_scale_stride, segment.kv_head) *
+                     fit_queries<T>(reinterpret_cast<uint32_t (&)[2 * kTiles * kSteps]>(q));
+    }
+    const float exponent_scale = kGeneral ? kLog2e : p.scale_log2e * score_factor;
     // Of the products, this lane has columns (rows of queries) 2 * (lane % 4) and the next.
     float out[kTiles][kSteps][4] = {};
     float row_max[kTiles][2], row_sum[kTiles][2] = {};
@@ -183,32 +233,44 @@ __global__ void __launch_bounds__(kThreads, 1)
       turn = turn + 1 == kGroups ? 0 : turn + 1;
       if (!own_turn) continue;
       mbarrier_wait(&shared.full[stage], phase);
-      const int key = segment.key0 + unit * kUnitKeys + own_key;
-      if (key < keys.end && key + kGroupKeys > keys.begin) {
-        const uint32_t offset = stage * 2 * kBytes;
-        float scores[kTiles][4] = {};
+      const int key = segment.key0 + unit * S::kUnitKeys + own_key;
+      if (key < keys.end && key + S::kGroupKeys > keys.begin) {
+        const uint32_t offset = stage * S::kUnitBytes;
+        float scores[kTiles][S::kKeyTiles][4] = {};
 #pragma unroll
-        for (int step = 0; step < kSteps; ++step) {
-          uint32_t k[4];
-          load_matrices(k, ((k_lane + offset) ^ (step % 4 << 5)) + step / 4 * chunk_bytes);
+        for (int m = 0; m < S::kKeyTiles; ++m) {
 #pragma unroll
-          for (int t = 0; t < kTiles; ++t) mma<T>(scores[t], k, q[t][step][0], q[t][step][1]);
+          for (int load = 0; load < kLoads; ++load) {
+            uint32_t loaded[4];
+            load_matrices(loaded, ((k_lane + offset + m * key_tile_bytes) ^ (load % 4 << 5)) +
+                                      load / 4 * chunk_bytes);
+#pragma unroll
+            for (int which = 0; which < kStepsALoad; ++which) {
+              const int step = load * kStepsALoad + which;
+              uint32_t k[4];
+              first_operand<S, false>(k, loaded, which);
+#pragma unroll
+              for (int t = 0; t < kTiles; ++t)
+                mma<M>(scores[t][m], k, q[t][step][0], q[t][step][1]);
+            }
+          }
         }
-        if (kGeneral || key < common.begin || key + kGroupKeys > common.end) {
+        if (kGeneral || key < common.begin || key + S::kGroupKeys > common.end) {
           const Request own_request(p, segment.request);  // again: registers are short
 #pragma unroll
           for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
+            for (int i = 0; i < kScores; ++i) {
+              float& score = scores[t][i / 4][i % 4];
               const int row = 8 * t + 2 * (lane % 4) + i % 2, own = key + lane / 4 + i / 2 * 8;
               const int query = query_of(row);
               const KeyRange visible = own_request.keys(p, query);
               const bool sees = own >= visible.begin && own < visible.end;
               if (kGeneral)
-                scores[t][i] = adjust_score(p, scores[t][i], own_request, head_of(row, query),
-                                            query, own, sees);
+                score = adjust_score(p, score * score_factor, own_request, head_of(row, query),
+                                     query, own, sees);
               // By selection: adding -inf would keep a NaN.
-              if (!sees) scores[t][i] = -INFINITY;
+              if (!sees) score = -INFINITY;
             }
           }
         }
@@ -218,14 +280,16 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
         for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) grown |= scores[t][i] > row_max[t][i % 2];
+          for (int i = 0; i < kScores; ++i) grown |= scores[t][i / 4][i % 4] > row_max[t][i % 2];
         }
         if (__any_sync(~0u, grown)) {
 #pragma unroll
           for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
-              float x = fmaxf(fmaxf(scores[t][c], scores[t][c + 2]), row_max[t][c]);
+              float x = row_max[t][c];
+#pragma unroll
+              for (int i = c; i < kScores; i += 2) x = fmaxf(x, scores[t][i / 4][i % 4]);
               x = fmaxf(x, __shfl_xor_sync(~0u, x, 4));
               x = fmaxf(x, __shfl_xor_sync(~0u, x, 8));
               x = fmaxf(x, __shfl_xor_sync(~0u, x, 16));
@@ -242,49 +306,71 @@ __global__ void __launch_bounds__(kThreads, 1)
             }
           }
         }
-        uint32_t weights[kTiles][2];
+        uint32_t weights[kTiles][kScores / 2];
 #pragma unroll
         for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
             const float peak_or_0 = row_max[t][c] == -INFINITY ? 0.0f : row_max[t][c];
             const Exponential<kGeneral> exponential(peak_or_0, exponent_scale);
-            scores[t][c] = exponential(scores[t][c]);
-            scores[t][c + 2] = exponential(scores[t][c + 2]);
-            row_sum[t][c] += scores[t][c] + scores[t][c + 2];
+#pragma unroll
+            for (int i = c; i < kScores; i += 4) {
+              float (&score)[4] = scores[t][i / 4];
+              score[c] = exponential(score[c]);
+              score[c + 2] = exponential(score[c + 2]);
+              row_sum[t][c] += score[c] + score[c + 2];
+            }
           }
-          weights[t][0] = transpose_matrix(pack<T>(scores[t][0], scores[t][1]));
-          weights[t][1] = transpose_matrix(pack<T>(scores[t][2], scores[t][3]));
+#pragma unroll
+          for (int i = 0; i < kScores; i += 2)
+            weights[t][i / 2] =
+                transpose_matrix(pack<M>(scores[t][i / 4][i % 4], scores[t][i / 4][i % 4 + 1]));
         }
 
         // Values of keys that no row sees can be NaN, which a weight of 0 does not cancel. Keys
         // 2 * (lane % 4) and the next are in the low and the high half of a register.
-        const bool partial = key < keys.begin || key + kGroupKeys > keys.end;
-        uint32_t kept[2] = {~0u, ~0u};
-        if (partial) {
+        const bool partial = key < keys.begin || key + S::kGroupKeys > keys.end;
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int first = key + 8 * half + 2 * (lane % 4);
-            kept[half] = (first >= keys.begin && first < keys.end ? 0x0000ffffu : 0u) |
-                         (first + 1 >= keys.begin && first + 1 < keys.end ? 0xffff0000u : 0u);
+        for (int m = 0; m < S::kKeyTiles; ++m) {
+          uint32_t kept[2] = {~0u, ~0u};
+          if (partial) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              const int first = key + 16 * m + 8 * half + 2 * (lane % 4);
+              kept[half] = (first >= keys.begin && first < keys.end ? 0x0000ffffu : 0u) |
+                           (first + 1 >= keys.begin && first + 1 < keys.end ? 0xffff0000u : 0u);
+            }
           }
-        }
 #pragma unroll
-        for (int step = 0; step < kSteps; ++step) {
-          uint32_t v[4];
-          load_matrices_transposed(v,
-                                   ((v_lane + offset) ^ (step % 4 << 5)) + step / 4 * chunk_bytes);
-          if (partial) v[0] &= kept[0], v[1] &= kept[0], v[2] &= kept[1], v[3] &= kept[1];
+          for (int load = 0; load < kLoads; ++load) {
+            uint32_t loaded[4];
+            load_matrices_transposed(loaded,
+                                     ((v_lane + offset + m * key_tile_bytes) ^ (load % 4 << 5)) +
+                                         load / 4 * chunk_bytes);
+            if (partial) {
 #pragma unroll
-          for (int t = 0; t < kTiles; ++t) mma<T>(out[t][step], v, weights[t][0], weights[t][1]);
+              for (int i = 0; i < 4; ++i) loaded[i] &= kept[S::kFp8 ? i % 2 : i / 2];
+            }
+#pragma unroll
+            for (int which = 0; which < kStepsALoad; ++which) {
+              const int step = load * kStepsALoad + which;
+              uint32_t v[4];
+              first_operand<S, true>(v, loaded, which);
+#pragma unroll
+              for (int t = 0; t < kTiles; ++t)
+                mma<M>(out[t][step], v, weights[t][2 * m], weights[t][2 * m + 1]);
+            }
+          }
         }
       }
       __syncwarp();
       if (lane == 0) mbarrier_arrive(&shared.empty[stage]);
       stage += kGroups;
-      if (stage >= kStagesHere) stage -= kStagesHere, phase ^= 1;
+      if (stage >= S::kStages) stage -= S::kStages, phase ^= 1;
     }
 
+    __syncwarp();
+    segment = shared.segments[warp];
     // The warps' sums meet: first their maxima, then the second group's sums, to which the first
     // adds its own.
 #pragma unroll
@@ -310,7 +396,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           const int row = 8 * t + 2 * (lane % 4) + c;
-          if (row >= rows) continue;
+          if (row >= segment.rows) continue;
           float peak = -INFINITY;
 #pragma unroll
           for (int w = 0; w < kWarps; ++w) peak = fmaxf(peak, shared.row_maxima[w][row]);
@@ -319,7 +405,9 @@ __global__ void __launch_bounds__(kThreads, 1)
           for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-              float& sum = own_sums[row * kPitch<kHeadDim> + 16 * step + 8 * half + lane / 4];
+              const int dimension =
+                  16 * step + (S::kFp8 ? 2 * (lane / 4) + half : 8 * half + lane / 4);
+              float& sum = own_sums[row * kPitch<kHeadDim> + dimension];
               const float own = factor * out[t][step][c + 2 * half];
               sum = adds ? sum + own : own;
             }
@@ -338,7 +426,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int pass = 0; pass < kPasses; ++pass) {
       const int i = 4 * (thread + pass * kConsumers), row = i / kHeadDim, column = i % kHeadDim;
       peaks[pass] = -INFINITY;
-      if (row >= rows) break;
+      if (row >= segment.rows) break;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) peaks[pass] = fmaxf(peaks[pass], shared.row_maxima[w][row]);
 #pragma unroll
@@ -356,7 +444,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
       const int i = 4 * (thread + pass * kConsumers), row = i / kHeadDim, column = i % kHeadDim;
-      if (row >= rows) break;
+      if (row >= segment.rows) break;
       finish.leave(row, column, peaks[pass], sums[pass], values[pass]);
     }
     finish.template meet<kConsumers>(thread, kConsumerBarrier, shared.meeting);
@@ -364,46 +452,46 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-template <typename T, int kHeadDim, int kTiles, bool kGeneral>
-cudaError_t launch(const DecodeParams& d, cudaStream_t stream) {
-  using Memory = Shared<kHeadDim, kTiles>;
+template <typename T, typename KV, int kHeadDim, int kTiles, bool kGeneral>
+cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
+  using S = Shape<KV, kHeadDim, kTiles>;
+  using Memory = Shared<KV, kHeadDim, kTiles>;
   static_assert(sizeof(Memory) <= 227 * 1024);
-  const int multiprocessors = d.attention.multiprocessors;
   // All blocks can hold a part of the same rows, whose weights and sums go to shared memory.
-  if (scratch_floats(8 * kTiles, multiprocessors) > Memory::kMeetingFloats)
+  if (scratch_floats(8 * kTiles, p.multiprocessors) > Memory::kMeetingFloats)
     return cudaErrorInvalidConfiguration;
-  const auto kernel = decode_kernel<T, kHeadDim, kTiles, kGeneral>;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           static_cast<int>(sizeof(Memory)));
+  DecodeParams d{};
+  d.attention = p;
+  d.box_keys = box_keys(p, S::kUnitKeys);
+  while (1 << d.box_keys_log2 < d.box_keys) ++d.box_keys_log2;
+  d.joined =
+      static_cast<const char*>(p.v.data) == static_cast<const char*>(p.k.data) + S::kRowBytes &&
+      p.v.stride_block == p.k.stride_block && p.v.stride_token == p.k.stride_token &&
+      p.v.stride_head == p.k.stride_head;
+  const int row_bytes = d.joined ? 2 * S::kRowBytes : S::kRowBytes;
+  cudaError_t error = make_tensor_map<KV>(&d.k, p.k, p.kv_heads, row_bytes, d.box_keys, row_bytes);
+  if (error == cudaSuccess && !d.joined)
+    error = make_tensor_map<KV>(&d.v, p.v, p.kv_heads, row_bytes, d.box_keys, row_bytes);
   if (error != cudaSuccess) return error;
-  return launch_overlapping(Launch<DecodeParams>{kernel, multiprocessors, kThreads, sizeof(Memory)},
-                            d, stream);
+  const auto kernel = decode_kernel<T, KV, kHeadDim, kTiles, kGeneral>;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(sizeof(Memory)));
+  if (error != cudaSuccess) return error;
+  return launch_overlapping(
+      Launch<DecodeParams>{kernel, p.multiprocessors, kThreads, sizeof(Memory)}, d, stream);
 }
 
 }  // namespace
 
-template <typename T, int kHeadDim>
+template <typename T, typename KV, int kHeadDim>
 cudaError_t decode(const AttentionParams& p, cudaStream_t stream) {
-  DecodeParams d{};
-  d.attention = p;
-  d.box_keys = box_keys(p, kUnitKeys);
-  while (1 << d.box_keys_log2 < d.box_keys) ++d.box_keys_log2;
-  constexpr int kChunks = kHeadDim / kChunk;
-  d.joined =
-      static_cast<const char*>(p.v.data) == static_cast<const char*>(p.k.data) + 2 * kHeadDim &&
-      p.v.stride_block == p.k.stride_block && p.v.stride_token == p.k.stride_token &&
-      p.v.stride_head == p.k.stride_head;
-  const int chunks = d.joined ? 2 * kChunks : kChunks;
-  cudaError_t error = make_tensor_map<T>(&d.k, p.k, p.kv_heads, chunks, d.box_keys, chunks);
-  if (error == cudaSuccess && !d.joined)
-    error = make_tensor_map<T>(&d.v, p.v, p.kv_heads, kChunks, d.box_keys, kChunks);
-  if (error != cudaSuccess) return error;
   // Softcap and bias take the registers that a second tile would need.
-  if (p.softcap > 0 || p.bias) return launch<T, kHeadDim, 1, true>(d, stream);
-  return p.most_rows > 8 ? launch<T, kHeadDim, 2, false>(d, stream)
-                         : launch<T, kHeadDim, 1, false>(d, stream);
+  if (p.softcap > 0 || p.bias) return launch<T, KV, kHeadDim, 1, true>(p, stream);
+  return p.most_rows > 8 ? launch<T, KV, kHeadDim, 2, false>(p, stream)
+                         : launch<T, KV, kHeadDim, 1, false>(p, stream);
 }
 
-template cudaError_t decode<SPARSEK_DTYPE, SPARSEK_HEAD_DIM>(const AttentionParams&, cudaStream_t);
+template cudaError_t decode<SPARSEK_DTYPE, SPARSEK_KV, SPARSEK_HEAD_DIM>(const AttentionParams&,
+                                                                         cudaStream_t);
 
 }  // namespace sparsek::sm90

@@ -7,6 +7,10 @@
 // (queries and heads of the group, packed), 64 for each of kGroups warpgroups. Keys come in tiles
 // of kBlockN, the last first: that is where masks are. The loading warps (one for keys, one for
 // values, two for queries) run ahead into the next tile.
+//
+// Keys and values of fp8 land in the second half of their place, and the warp that has brought them
+// writes them over it as fp16, while the next ones are on their way. bf16 queries become fp16 too,
+// each row scaled to its range.
 #include "../common/hopper.cuh"
 #include "../common/request.cuh"
 #include "../common/wgmma.cuh"
@@ -16,20 +20,24 @@ namespace sparsek::sm90 {
 namespace {
 
 constexpr int kBlockN = 128;
-constexpr int kChunkBytes = 2 * kChunk;  // a row of a chunk
 constexpr int kEnd = -1;                 // in place of a request: there are no more tiles
 constexpr int kSectionBytes = 40 << 20;  // of 50 or 60 MB of L2 cache
 constexpr double kTileCost = 3;          // of a tile, where a warpgroup's part of it costs 1
 
-enum Barrier : int { kTileTaken = 1, kFirstTurn = 2 };
+enum Barrier : int { kTileTaken = 1, kFirstTurn = 2, kFirstGroup = 5 };
 
-template <int kHeadDim, int kGroups>
+template <typename KV, int kHeadDim_, int kGroups_>
 struct Shape {
+  static constexpr int kHeadDim = kHeadDim_, kGroups = kGroups_;
+  static constexpr bool kFp8 = sizeof(KV) == 1;
   static constexpr int kBlockM = 64 * kGroups, kThreads = 128 * (kGroups + 1);
-  static constexpr int kStages = kHeadDim == 64 ? 4 : 2, kChunks = kHeadDim / kChunk;
+  static constexpr int kStages = kHeadDim == 64 ? 4 : 2, kChunks = 2 * kHeadDim / kChunkBytes;
+  // Of keys or values as they arrive.
+  static constexpr int kRowBytes = sizeof(KV) * kHeadDim, kArrivingBytes = kRowBytes * kBlockN;
+  static constexpr int kArrivingChunks = kFp8 ? 1 : kChunks;
   static constexpr int kTileBytes = 2 * kHeadDim * kBlockN;
-  static constexpr int kLoaderRegisters = kGroups == 3 ? 32 : 40;
-  static constexpr int kComputeRegisters = kGroups == 3 ? 160 : 232;
+  static constexpr int kLoaderRegisters = kFp8 ? 64 : kGroups == 3 ? 32 : 40;
+  static constexpr int kComputeRegisters = kFp8 ? 224 : kGroups == 3 ? 160 : 232;
   static_assert(128 * (kLoaderRegisters + kGroups * kComputeRegisters) <= 64 * 1024);
 };
 
@@ -47,16 +55,15 @@ struct Tile {
   } own[kGroups];
 };
 
-template <int kHeadDim, int kGroups>
+template <typename S>
 struct Shared {
-  using S = Shape<kHeadDim, kGroups>;
-  char q[2][2 * kHeadDim * S::kBlockM];
+  char q[2][S::kChunks * kChunkBytes * S::kBlockM];
   char k[S::kStages][S::kTileBytes], v[S::kStages][S::kTileBytes];
   uint64_t tile_full[2], q_full[2], q_empty[2];
   uint64_t k_full[S::kStages], k_empty[S::kStages], v_full[S::kStages], v_empty[S::kStages];
-  uint64_t landed;         // values that are not ready for use
-  Tile<kGroups> tiles[2];  // whose rows are in q
-  Tile<kGroups> found;     // the next one
+  uint64_t k_landed[S::kStages], v_landed[S::kStages];  // not ready for use yet
+  Tile<S::kGroups> tiles[2];                            // whose rows are in q
+  Tile<S::kGroups> found;                               // the next one
   // Of a KV head, up to and with the requests that a thread has counted.
   int tiles_up_to[S::kThreads];
   int warp_sums[S::kThreads / 32];
@@ -91,9 +98,8 @@ __device__ int requests_a_thread(const AttentionParams& p) {
 }
 
 // All threads of the block count tiles together.
-template <int kHeadDim, int kGroups>
-__device__ void count_tiles(const AttentionParams& p, Shared<kHeadDim, kGroups>& shared) {
-  using S = Shape<kHeadDim, kGroups>;
+template <typename S>
+__device__ void count_tiles(const AttentionParams& p, Shared<S>& shared) {
   const int thread = threadIdx.x, each = requests_a_thread<S::kThreads>(p);
   int own = 0;
 #pragma unroll 1
@@ -103,10 +109,9 @@ __device__ void count_tiles(const AttentionParams& p, Shared<kHeadDim, kGroups>&
   __syncthreads();
 }
 
-template <int kHeadDim, int kGroups>
-__device__ void find_tile(const PrefillParams& d, const Shared<kHeadDim, kGroups>& shared, int id,
-                          Tile<kGroups>& found) {
-  using S = Shape<kHeadDim, kGroups>;
+template <typename S>
+__device__ void find_tile(const PrefillParams& d, const Shared<S>& shared, int id,
+                          Tile<S::kGroups>& found) {
   const AttentionParams& p = d.attention;
   const int* up_to = shared.tiles_up_to;
   const int total = up_to[S::kThreads - 1];
@@ -138,7 +143,7 @@ __device__ void find_tile(const PrefillParams& d, const Shared<kHeadDim, kGroups
   found.key0 = keys.begin & ~(kBlockN - 1);
   found.key_tiles = keys.begin < keys.end ? key_tiles_to(keys.end) : 0;
 #pragma unroll 1
-  for (int group = 0; group < kGroups; ++group) {
+  for (int group = 0; group < S::kGroups; ++group) {
     auto& own = found.own[group];
     const int own_row0 = row0 + 64 * group;
     own = {{0, 0}, found.key_tiles, 0};
@@ -154,25 +159,23 @@ __device__ void find_tile(const PrefillParams& d, const Shared<kHeadDim, kGroups
 }
 
 // A ring of tiles of keys or of values, and the warp that fills it.
-template <int kHeadDim, int kGroups, bool kValues>
+template <typename S, bool kValues>
 struct Loader {
-  using S = Shape<kHeadDim, kGroups>;
-
   const PrefillParams& d;
-  Shared<kHeadDim, kGroups>& shared;
+  Shared<S>& shared;
   Place<S::kStages> place;
-  int landed_phase = 0;
+  int landed_phases = 0;  // a bit a place
 
-  __device__ Loader(const PrefillParams& d, Shared<kHeadDim, kGroups>& shared)
-      : d(d), shared(shared) {}
+  __device__ Loader(const PrefillParams& d, Shared<S>& shared) : d(d), shared(shared) {}
 
-  __device__ void load(const Tile<kGroups>& tile) {
+  __device__ void load(const Tile<S::kGroups>& tile) {
     const AttentionParams& p = d.attention;
     const CUtensorMap* map = kValues ? &d.v : &d.k;
     const int lane = threadIdx.x % 32;
     // A lane brings one chunk of one box.
-    const int chunk = lane % S::kChunks, row = lane / S::kChunks * d.box_keys;
-    const int offset = chunk * (kBlockN * kChunkBytes) + row * kChunkBytes;
+    const int chunk = lane % S::kArrivingChunks, row = lane / S::kArrivingChunks * d.box_keys;
+    const int offset = (S::kTileBytes - S::kArrivingBytes) + chunk * (kBlockN * kChunkBytes) +
+                       row * (S::kRowBytes / S::kArrivingChunks);
     const KeyRange keys = tile.keys;
     // Boxes without a visible key lie outside of the tensor, whatever the block table says there.
     const auto look_up = [&](int key) -> KeyAddress {
@@ -185,6 +188,22 @@ struct Loader {
     };
     int key0 = tile.key0 + (tile.key_tiles - 1) * kBlockN;
     KeyAddress next = look_up(key0 + row);
+    // With fp8 a tile is made ready after the next one has been asked for.
+    int waiting = -1;
+    const auto finish = [&](int stage, int key0) {
+      char* place = (kValues ? shared.v : shared.k)[stage];
+      mbarrier_wait(kValues ? &shared.v_landed[stage] : &shared.k_landed[stage],
+                    landed_phases >> stage & 1);
+      landed_phases ^= 1 << stage;
+      if constexpr (S::kFp8) {
+        widen(place, keys.begin - key0, keys.end - key0);
+      } else {
+        clear(place, keys.begin - key0, keys.end - key0);
+      }
+      fence_for_async();
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(kValues ? &shared.v_full[stage] : &shared.k_full[stage]);
+    };
     for (int left = tile.key_tiles; left > 0; --left, key0 -= kBlockN) {
       const KeyAddress address = next;
       if (left > 1) next = look_up(key0 - kBlockN + row);
@@ -194,27 +213,59 @@ struct Loader {
       const int in_box = d.box_keys - 1, end = keys.end;
       const bool unseen = kValues && ((key0 < keys.begin && (keys.begin & in_box) != 0) ||
                                       (key0 + kBlockN > end && (end & in_box) != 0));
+      const bool lands = S::kFp8 || unseen;
       mbarrier_wait(kValues ? &shared.v_empty[stage] : &shared.k_empty[stage], place.phase ^ 1);
-      uint64_t* arrival = unseen ? &shared.landed : full;
-      if (lane == 0) mbarrier_arrive_expect(arrival, S::kTileBytes);
+      uint64_t* landed = kValues ? &shared.v_landed[stage] : &shared.k_landed[stage];
+      uint64_t* arrival = lands ? landed : full;
+      if (lane == 0) mbarrier_arrive_expect(arrival, S::kArrivingBytes);
       __syncwarp();
       if (row < kBlockN) {
         tensor_copy((kValues ? shared.v : shared.k)[stage] + offset, map, arrival, 0, address.token,
                     chunk, tile.kv_head, address.block);
       }
-      if (unseen) {
-        mbarrier_wait(&shared.landed, landed_phase);
-        landed_phase ^= 1;
-        for (int r = lane / 8; r < kBlockN * S::kChunks; r += 4) {
-          const int key = key0 + r % kBlockN;
-          if (key >= keys.begin && key < end) continue;
-          *reinterpret_cast<uint4*>(shared.v[stage] + r * kChunkBytes + lane % 8 * 16) = uint4{};
-        }
-        fence_for_async();
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive(full);
-      }
+      if (waiting >= 0) finish(waiting, key0 + kBlockN);
+      waiting = S::kFp8 ? stage : -1;
+      if (!S::kFp8 && lands) finish(stage, key0);
       place.advance();
+    }
+    if (waiting >= 0) finish(waiting, tile.key0);
+  }
+
+  // Zeros in place of values that no row sees, which are those of keys below `begin` and from `end`
+  // on, counted from the tile's first.
+  __device__ static void clear(char* place, int begin, int end) {
+    const int lane = threadIdx.x % 32;
+    for (int r = lane / 8; r < kBlockN * S::kChunks; r += 4) {
+      const int key = r % kBlockN;
+      if (key >= begin && key < end) continue;
+      *reinterpret_cast<uint4*>(place + r * kChunkBytes + lane % 8 * 16) = uint4{};
+    }
+  }
+
+  // fp8 in the second half of a place becomes fp16 in all of it, with zeros as above. Rows that are
+  // written lie in front of those that are still to be read.
+  __device__ static void widen(char* place, int begin, int end) {
+    constexpr int kPieces = S::kRowBytes / 16, kRows = 32 / kPieces;  // that the warp has at once
+    const int lane = threadIdx.x % 32, piece = lane % kPieces;
+    const char* source = place + (S::kTileBytes - S::kArrivingBytes);
+    // 16 elements become two pieces. Half of the lanes begin with the second, so that no two write
+    // to the same banks.
+    const int chunk = piece / 4, first = 2 * (piece % 4) + (kPieces == 8 ? chunk : 0);
+#pragma unroll 2
+    for (int row = lane / kPieces; row < kBlockN; row += kRows) {
+      const uint4 bytes =
+          *reinterpret_cast<const uint4*>(source + tile_offset<S::kRowBytes>(row, piece));
+      __syncwarp();
+      uint4 low, high;
+      widen_fp8(bytes.x, low.x, low.y);
+      widen_fp8(bytes.y, low.z, low.w);
+      widen_fp8(bytes.z, high.x, high.y);
+      widen_fp8(bytes.w, high.z, high.w);
+      if (kValues && (row < begin || row >= end)) low = high = uint4{};
+      char* target = place + (chunk * kBlockN + row) * kChunkBytes;
+      const bool second_first = first % 2;
+      *reinterpret_cast<uint4*>(target + ((first ^ row % 8) << 4)) = second_first ? high : low;
+      *reinterpret_cast<uint4*>(target + ((first ^ 1 ^ row % 8) << 4)) = second_first ? low : high;
     }
   }
 
@@ -222,7 +273,7 @@ struct Loader {
   __device__ void run() {
     for (Place<2> tiles;; tiles.advance()) {
       mbarrier_wait(&shared.tile_full[tiles.index], tiles.phase);
-      const Tile<kGroups>& tile = shared.tiles[tiles.index];
+      const Tile<S::kGroups>& tile = shared.tiles[tiles.index];
       if (tile.request.index == kEnd) return;
       load(tile);
       __syncwarp();
@@ -232,16 +283,14 @@ struct Loader {
 };
 
 // The two warps that take tiles and bring their queries.
-template <typename T, int kHeadDim, int kGroups>
-__device__ void load_queries(const PrefillParams& d, Shared<kHeadDim, kGroups>& shared,
-                             int thread) {
-  using S = Shape<kHeadDim, kGroups>;
-  constexpr int kPieces = kHeadDim / 8;  // of 16 bytes, a row
+template <typename T, typename S>
+__device__ void load_queries(const PrefillParams& d, Shared<S>& shared, int thread) {
+  constexpr int kPieces = S::kChunks * kChunkBytes / 16;  // a row
   const AttentionParams& p = d.attention;
   const int blocks = static_cast<int>(gridDim.x);
   int id = blockIdx.x;
   for (Place<2> tiles;; tiles.advance()) {
-    Tile<kGroups>& tile = shared.tiles[tiles.index];
+    Tile<S::kGroups>& tile = shared.tiles[tiles.index];
     if (thread == 0) {
       // Found before its place is free.
       find_tile(d, shared, id, shared.found);
@@ -296,9 +345,40 @@ __device__ inline void transpose_quads(uint32_t (&x)[4]) {
   }
 }
 
-template <typename T, int kHeadDim, int kGroups>
-__device__ void compute(const PrefillParams& d, Shared<kHeadDim, kGroups>& shared, int group) {
-  using S = Shape<kHeadDim, kGroups>;
+// Queries of bf16 in their place as fp16, by the warpgroup whose rows they are. The factors are
+// those of the scores of rows lane / 4 and 8 below it, of the warp's 16.
+template <typename S>
+__device__ void narrow_queries(char* q, int warp_row, float (&factors)[2]) {
+  constexpr int kPieces = S::kChunks * kChunkBytes / 16, kRows = 32 / kPieces;
+  const int lane = threadIdx.x % 32, piece = lane % kPieces;
+#pragma unroll
+  for (int row0 = 0; row0 < 16; row0 += kRows) {
+    const int row = warp_row + row0 + lane / kPieces;
+    auto* place = reinterpret_cast<uint4*>(q + (piece / 8 * S::kBlockM + row) * kChunkBytes +
+                                           ((piece ^ row) % 8 << 4));
+    const uint4 x = *place;
+    int largest = largest_of(largest_of(0, x.x), x.y);
+    largest = largest_of(largest_of(largest, x.z), x.w);
+#pragma unroll
+    for (int step = 1; step < kPieces; step *= 2)
+      largest = max(largest, __shfl_xor_sync(~0u, largest, step));
+    const PowerOfTwo power(largest);
+    *place = {to_half(x.x, power.up), to_half(x.y, power.up), to_half(x.z, power.up),
+              to_half(x.w, power.up)};
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int own = lane / 4 + 8 * h - row0;
+      const float factor = __shfl_sync(~0u, power.down, max(0, min(own, kRows - 1)) * kPieces);
+      if (own >= 0 && own < kRows) factors[h] = factor;
+    }
+  }
+}
+
+template <typename T, typename KV, int kHeadDim, int kGroups>
+__device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGroups>>& shared,
+                        int group) {
+  using S = Shape<KV, kHeadDim, kGroups>;
+  using M = Operand<T, KV>;
   constexpr int kSteps = kHeadDim / 16, kKeySteps = kBlockN / 16;
   const AttentionParams& p = d.attention;
   const int lane = threadIdx.x % 32;
@@ -326,6 +406,10 @@ __device__ void compute(const PrefillParams& d, Shared<kHeadDim, kGroups>& share
   uint32_t weights[kKeySteps][4];
   float row_max[2] = {}, row_sum[2] = {}, factor[2];
   bool rescale = false;
+  float score_factor[2] = {1, 1};
+  const auto scale_log2e = [&](int h) {
+    return S::kFp8 ? p.scale_log2e * score_factor[h] : p.scale_log2e;
+  };
 
   const auto release_keys = [&] {
     release(&shared.k_empty[k_place.index]);
@@ -342,7 +426,7 @@ __device__ void compute(const PrefillParams& d, Shared<kHeadDim, kGroups>& share
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       const int chunk = step / 4, within = step % 4 * 32;
-      wgmma_scores<T>(scores, at_offset(q, chunk * (S::kBlockM * kChunkBytes) + within),
+      wgmma_scores<M>(scores, at_offset(q, chunk * (S::kBlockM * kChunkBytes) + within),
                       at_offset(k, chunk * (kBlockN * kChunkBytes) + within), step > 0);
     }
     wgmma_commit();
@@ -352,7 +436,7 @@ __device__ void compute(const PrefillParams& d, Shared<kHeadDim, kGroups>& share
         matrix_descriptor(shared_address(shared.v[v_place.index]), kBlockN * kChunkBytes);
 #pragma unroll
     for (int step = 0; step < kKeySteps; ++step)
-      wgmma_values<T>(out, weights[step], at_offset(v, step * 16 * kChunkBytes));
+      wgmma_values<M>(out, weights[step], at_offset(v, step * 16 * kChunkBytes));
     wgmma_commit();
   };
   // Scores become weights, in place; `factor` then is for the sums so far.
@@ -377,8 +461,8 @@ __device__ void compute(const PrefillParams& d, Shared<kHeadDim, kGroups>& share
 #pragma unroll
     for (int i = 4; i < kBlockN / 2; ++i) peaks[i % 4] = fmaxf(peaks[i % 4], scores[i]);
     const float peak[2] = {fmaxf(peaks[0], peaks[1]), fmaxf(peaks[2], peaks[3])};
-    const bool grown = (peak[0] - row_max[0]) * p.scale_log2e > kRescaleSlack ||
-                       (peak[1] - row_max[1]) * p.scale_log2e > kRescaleSlack;
+    const bool grown = (peak[0] - row_max[0]) * scale_log2e(0) > kRescaleSlack ||
+                       (peak[1] - row_max[1]) * scale_log2e(1) > kRescaleSlack;
     rescale = __any_sync(~0u, grown);
     if (rescale) {
 #pragma unroll
@@ -387,7 +471,7 @@ __device__ void compute(const PrefillParams& d, Shared<kHeadDim, kGroups>& share
         x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
         x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
         // While a row has seen no key, its sum is 0 and any factor but NaN will do.
-        factor[h] = x == -INFINITY ? 1.0f : exp2_approx((row_max[h] - x) * p.scale_log2e);
+        factor[h] = x == -INFINITY ? 1.0f : exp2_approx((row_max[h] - x) * scale_log2e(h));
         row_max[h] = x;
         row_sum[h] *= factor[h];
       }
@@ -395,7 +479,7 @@ __device__ void compute(const PrefillParams& d, Shared<kHeadDim, kGroups>& share
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float peak_or_0 = row_max[h] == -INFINITY ? 0.0f : row_max[h];
-      const Exponential<false> exponential(peak_or_0, p.scale_log2e);
+      const Exponential<false> exponential(peak_or_0, scale_log2e(h));
 #pragma unroll
       for (int i = 0; i < kBlockN / 4; ++i) {
         float& score = scores[i / 2 * 4 + 2 * h + i % 2];
@@ -409,7 +493,7 @@ __device__ void compute(const PrefillParams& d, Shared<kHeadDim, kGroups>& share
     for (int step = 0; step < kKeySteps; ++step) {
 #pragma unroll
       for (int j = 0; j < 4; ++j)
-        weights[step][j] = pack<T>(scores[8 * step + 2 * j], scores[8 * step + 2 * j + 1]);
+        weights[step][j] = pack<M>(scores[8 * step + 2 * j], scores[8 * step + 2 * j + 1]);
     }
   };
 
@@ -427,6 +511,17 @@ __device__ void compute(const PrefillParams& d, Shared<kHeadDim, kGroups>& share
     mbarrier_wait(&shared.q_full[q_place.index], q_place.phase);
     const Tile<kGroups>& tile = shared.tiles[q_place.index];
     if (tile.request.index == kEnd) return;
+    if constexpr (!std::is_same_v<M, T>) {
+      narrow_queries<S>(shared.q[q_place.index] + group_row * kChunkBytes, warp_row, score_factor);
+      fence_for_async();
+      barrier_sync<128>(kFirstGroup + group);
+    }
+    if constexpr (S::kFp8) {
+      const float k_scale = scale_of(p.k_scale, p.k_scale_stride, tile.kv_head);
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        score_factor[h] = (std::is_same_v<M, T> ? 1.0f : score_factor[h]) * k_scale;
+    }
     const int before = tile.own[group].before, count = tile.own[group].count;
     const int after = tile.key_tiles - before - count;
 #pragma unroll
@@ -495,7 +590,8 @@ __device__ void compute(const PrefillParams& d, Shared<kHeadDim, kGroups>& share
       const int row = min(first_row + 8 * h, rows - 1);
       const int query = p.group_divisor(row), head = kv_head * p.group + row - query * p.group;
       const int64_t token = int64_t{q_begin} + query;
-      const RowState state = finish_row(p, row_max[h] * p.scale, sum, head);
+      const RowState state =
+          finish_row(p, row_max[h] * (S::kFp8 ? p.scale * score_factor[h] : p.scale), sum, head);
       T* destination = static_cast<T*>(p.out) + token * p.out_stride_token +
                        head * p.out_stride_head + 8 * (lane % 4);
 #pragma unroll
@@ -516,12 +612,12 @@ __device__ void compute(const PrefillParams& d, Shared<kHeadDim, kGroups>& share
   }
 }
 
-template <typename T, int kHeadDim, int kGroups>
-__global__ void __launch_bounds__(Shape<kHeadDim, kGroups>::kThreads, 1)
+template <typename T, typename KV, int kHeadDim, int kGroups>
+__global__ void __launch_bounds__(Shape<KV, kHeadDim, kGroups>::kThreads, 1)
     prefill_kernel(const __grid_constant__ PrefillParams d) {
-  using S = Shape<kHeadDim, kGroups>;
+  using S = Shape<KV, kHeadDim, kGroups>;
   extern __shared__ __align__(1024) char dynamic[];
-  auto& shared = *reinterpret_cast<Shared<kHeadDim, kGroups>*>(dynamic);
+  auto& shared = *reinterpret_cast<Shared<S>*>(dynamic);
   if (threadIdx.x == 0) {
     prefetch_tensor_map(&d.k);
     prefetch_tensor_map(&d.v);
@@ -536,8 +632,9 @@ __global__ void __launch_bounds__(Shape<kHeadDim, kGroups>::kThreads, 1)
       mbarrier_init(&shared.k_empty[i], kWarps);
       mbarrier_init(&shared.v_full[i], 1);
       mbarrier_init(&shared.v_empty[i], kWarps);
+      mbarrier_init(&shared.k_landed[i], 1);
+      mbarrier_init(&shared.v_landed[i], 1);
     }
-    mbarrier_init(&shared.landed, 1);
     mbarrier_fence_init();
   }
   wait_for_previous_kernel();
@@ -548,24 +645,24 @@ __global__ void __launch_bounds__(Shape<kHeadDim, kGroups>::kThreads, 1)
     give_registers_back<S::kLoaderRegisters>();
     const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
     if (warp == 0) {
-      Loader<kHeadDim, kGroups, false>(d, shared).run();
+      Loader<S, false>(d, shared).run();
     } else if (warp == 1) {
-      Loader<kHeadDim, kGroups, true>(d, shared).run();
+      Loader<S, true>(d, shared).run();
     } else {
       load_queries<T>(d, shared, threadIdx.x - 64);
     }
   } else {
     take_registers<S::kComputeRegisters>();
-    compute<T>(d, shared, warpgroup - 1);
+    compute<T, KV, kHeadDim, kGroups>(d, shared, warpgroup - 1);
   }
 }
 
-template <typename T, int kHeadDim, int kGroups>
+template <typename T, typename KV, int kHeadDim, int kGroups>
 cudaError_t launch(const PrefillParams& d, cudaStream_t stream) {
-  using S = Shape<kHeadDim, kGroups>;
-  constexpr int kBytes = sizeof(Shared<kHeadDim, kGroups>);
+  using S = Shape<KV, kHeadDim, kGroups>;
+  constexpr int kBytes = sizeof(Shared<S>);
   static_assert(kBytes <= 227 * 1024);
-  const auto kernel = prefill_kernel<T, kHeadDim, kGroups>;
+  const auto kernel = prefill_kernel<T, KV, kHeadDim, kGroups>;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
@@ -591,34 +688,37 @@ int choose_groups(const AttentionParams& p, int most) {
 
 }  // namespace
 
-template <typename T, int kHeadDim>
+template <typename T, typename KV, int kHeadDim>
 cudaError_t prefill(const AttentionParams& p, cudaStream_t stream) {
-  constexpr int kChunks = kHeadDim / kChunk;
+  constexpr int kRowBytes = sizeof(KV) * kHeadDim;
   PrefillParams d{};
   d.attention = p;
   d.box_keys = box_keys(p, kBlockN);
   // Sections are alike: a small one at the end would leave multiprocessors idle.
-  const int64_t head_bytes = int64_t{4} * kHeadDim * p.max_seqlen_k;
+  const int64_t head_bytes = int64_t{2} * kRowBytes * p.max_seqlen_k;
   d.section_heads = p.kv_heads;
   while (d.section_heads > 1 &&
          (p.kv_heads % d.section_heads || d.section_heads * head_bytes > kSectionBytes))
     --d.section_heads;
-  cudaError_t error = make_tensor_map<T>(&d.k, p.k, p.kv_heads, kChunks, d.box_keys, 1);
+  constexpr int kBoxBytes = kRowBytes < kChunkBytes ? kRowBytes : kChunkBytes;
+  cudaError_t error = make_tensor_map<KV>(&d.k, p.k, p.kv_heads, kRowBytes, d.box_keys, kBoxBytes);
   if (error == cudaSuccess)
-    error = make_tensor_map<T>(&d.v, p.v, p.kv_heads, kChunks, d.box_keys, 1);
+    error = make_tensor_map<KV>(&d.v, p.v, p.kv_heads, kRowBytes, d.box_keys, kBoxBytes);
   if (error != cudaSuccess) return error;
-  // Rows of a head_dim of 64 are cheap, so there can be more of them.
-  constexpr int kMostGroups = kHeadDim == 64 ? 3 : 2;
+  // Rows of a head_dim of 64 are cheap, so there can be more of them; but the warps that widen fp8
+  // need the registers.
+  constexpr int kMostGroups = kHeadDim == 64 && sizeof(KV) == 2 ? 3 : 2;
   switch (choose_groups(p, kMostGroups)) {
     case 1:
-      return launch<T, kHeadDim, 1>(d, stream);
+      return launch<T, KV, kHeadDim, 1>(d, stream);
     case 2:
-      return launch<T, kHeadDim, 2>(d, stream);
+      return launch<T, KV, kHeadDim, 2>(d, stream);
     default:
-      return launch<T, kHeadDim, kMostGroups>(d, stream);
+      return launch<T, KV, kHeadDim, kMostGroups>(d, stream);
   }
 }
 
-template cudaError_t prefill<SPARSEK_DTYPE, SPARSEK_HEAD_DIM>(const AttentionParams&, cudaStream_t);
+template cudaError_t prefill<SPARSEK_DTYPE, SPARSEK_KV, SPARSEK_HEAD_DIM>(const AttentionParams&,
+                                                                          cudaStream_t);
 
 }  // namespace sparsek::sm90

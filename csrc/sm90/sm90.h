@@ -1,4 +1,5 @@
-// Kernels for Hopper (compiled as sm_90a), for one dtype and head_dim at a time.
+// Kernels for Hopper (compiled as sm_90a), for one dtype of queries and output, one of keys and
+// values and one head_dim at a time.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -18,11 +19,11 @@ inline bool has_tensor_map(const KVTensor& tensor, int kv_heads) {
 
 // Requests of more than params.decode_rows rows, where both k and v have a tensor map; without
 // softcap and bias.
-template <typename T, int kHeadDim>
+template <typename T, typename KV, int kHeadDim>
 cudaError_t prefill(const AttentionParams& params, cudaStream_t stream);
 
 // Requests of at most params.decode_rows rows, where both k and v have a tensor map.
-template <typename T, int kHeadDim>
+template <typename T, typename KV, int kHeadDim>
 cudaError_t decode(const AttentionParams& params, cudaStream_t stream);
 
 }  // namespace sparsek::sm90

@@ -1,15 +1,12 @@
 // How the tensor memory accelerator reads K and V.
 #pragma once
 #include <cuda.h>
-#include <cuda_fp16.h>
-
-#include <type_traits>
 
 #include "sm90.h"
 
 namespace sparsek::sm90 {
 
-constexpr int kChunk = 64;  // elements of a swizzled row of 128 bytes
+constexpr int kChunkBytes = 128;  // of a swizzled row
 
 // Keys of a box, which lies within a page: at most `most`, a power of two.
 inline int box_keys(const AttentionParams& p, int most) {
@@ -35,28 +32,30 @@ inline EncodeTiled encode_tiled() {
   return function;
 }
 
-// Of K or V (or of both, where V lies behind K in each row) as [block, head, chunk, token, element
-// of the chunk]. A copy brings a box of so many tokens of one head, so many chunks of them one
-// after the other.
-template <typename T>
-cudaError_t make_tensor_map(CUtensorMap* map, const KVTensor& tensor, int kv_heads, int chunks,
-                            int box_keys, int box_chunks) {
+// Of K or V (or of both, where V lies behind K in each row of so many bytes) as [block, head,
+// chunk, token, element of the chunk]. A copy brings a box of so many tokens of one head, so many
+// bytes of them: one chunk after the other, or shorter rows.
+template <typename KV>
+cudaError_t make_tensor_map(CUtensorMap* map, const KVTensor& tensor, int kv_heads, int row_bytes,
+                            int box_keys, int box_bytes) {
   const EncodeTiled encode = encode_tiled();
   if (!encode) return cudaErrorNotSupported;
-  constexpr auto type = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                                  : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  constexpr cuuint64_t kChunkBytes = 2 * kChunk;
+  constexpr auto type =
+      sizeof(KV) == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16;
+  const int chunk_bytes = row_bytes < kChunkBytes ? row_bytes : kChunkBytes;
+  const cuuint32_t elements = chunk_bytes / sizeof(KV);
   // Where there is one of a kind its stride is never used, but has to be a legal one.
   const auto bytes = [](int64_t stride) {
-    return stride ? static_cast<cuuint64_t>(2 * stride) : kChunkBytes;
+    return static_cast<cuuint64_t>(stride ? sizeof(KV) * stride : kChunkBytes);
   };
-  const cuuint64_t sizes[5] = {kChunk, static_cast<cuuint64_t>(tensor.tokens),
-                               static_cast<cuuint64_t>(chunks), static_cast<cuuint64_t>(kv_heads),
+  const cuuint64_t sizes[5] = {elements, static_cast<cuuint64_t>(tensor.tokens),
+                               static_cast<cuuint64_t>(row_bytes / chunk_bytes),
+                               static_cast<cuuint64_t>(kv_heads),
                                static_cast<cuuint64_t>(tensor.blocks)};
   const cuuint64_t strides[4] = {bytes(tensor.stride_token), kChunkBytes, bytes(tensor.stride_head),
                                  bytes(tensor.stride_block)};
-  const cuuint32_t box[5] = {kChunk, static_cast<cuuint32_t>(box_keys),
-                             static_cast<cuuint32_t>(box_chunks), 1, 1};
+  const cuuint32_t box[5] = {elements, static_cast<cuuint32_t>(box_keys),
+                             static_cast<cuuint32_t>(box_bytes / chunk_bytes), 1, 1};
   const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
   // No promotion: fetching 256 bytes for a row of 128 costs a tenth of the bandwidth.
   const CUresult result =

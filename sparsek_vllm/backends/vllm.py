@@ -102,8 +102,8 @@ class SparseKBackend(AttentionBackend):
 
     @classmethod
     def kv_cache_dtypes(cls, on_cpu: bool) -> list[str]:
-        """KV cache dtypes: the kernels read no fp8 yet."""
-        return [d for d in cls.supported_kv_cache_dtypes if on_cpu or d not in _FP8_DTYPES]
+        """KV cache dtypes: the kernels read fp8 as e4m3."""
+        return [d for d in cls.supported_kv_cache_dtypes if on_cpu or d != "fp8_e5m2"]
 
     @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:

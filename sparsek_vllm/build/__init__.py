@@ -22,6 +22,7 @@ import sysconfig
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +36,9 @@ _GENCODE = {
 ARCHS = tuple(_GENCODE)
 # A GPU's own kernels, for it alone.
 _NATIVE_GENCODE = {"90": ("arch=compute_90a,code=sm_90a",)}
+
+# Of queries; keys and values have the same, or fp8.
+DTYPES = ("__half", "__nv_bfloat16")
 
 # The stable ABI of torch 2.10: one binary serves every newer torch and every Python.
 TORCH_TARGET = "0x020a000000000000"
@@ -280,11 +284,14 @@ def objects(variant: Variant, archs: Sequence[str]) -> Iterator[Object]:
     if hopper:
         kernels += [(f"sm90/{kernel}", _NATIVE_GENCODE["90"]) for kernel in ("prefill", "decode")]
     for kernel, code in kernels:
-        for dtype in ("__half", "__nv_bfloat16"):
-            for head_dim in (64, 128):
-                defines = [f"-DSPARSEK_DTYPE={dtype}", f"-DSPARSEK_HEAD_DIM={head_dim}"]
-                name = f"{kernel.replace('/', '_')}_{dtype.strip('_')}_{head_dim}"
-                yield Object(name, f"{kernel}.cu", defines, code)
+        for dtype, kv, head_dim in product(DTYPES, (None, "E4M3"), (64, 128)):
+            defines = [
+                f"-DSPARSEK_DTYPE={dtype}",
+                f"-DSPARSEK_KV={kv or dtype}",
+                f"-DSPARSEK_HEAD_DIM={head_dim}",
+            ]
+            parts = [kernel.replace("/", "_"), dtype.strip("_"), *([kv] if kv else []), head_dim]
+            yield Object("_".join(map(str, parts)), f"{kernel}.cu", defines, code)
     yield Object("cache", "portable/cache.cu", [], gencode)
     yield Object("merge", "portable/merge.cu", [], gencode)
     yield Object("ops", "ops.cu", ["-DSPARSEK_SM90"] if hopper else [], gencode)

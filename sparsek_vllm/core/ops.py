@@ -24,6 +24,7 @@ FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 INDEX_DTYPES = (torch.int32, torch.int64)
 # What the CUDA kernels are compiled for.
 CUDA_DTYPES = (torch.float16, torch.bfloat16)
+CUDA_FP8 = torch.float8_e4m3fn
 CUDA_HEAD_DIMS = (64, 128)
 
 SCHEMAS = (
@@ -95,7 +96,8 @@ def varlen_attention(
         q: ``[total_q, heads, head_dim]``, last dimension contiguous. On CUDA fp16 or bf16,
             head_dim 64 or 128, and rows that begin at multiples of 16 bytes, as in k, v and out;
             on CPU fp32 and fp64 too, and any head_dim.
-        kv: keys and values; ``heads`` must be a multiple of their ``kv_heads``.
+        kv: keys and values, like q or, in pages, fp8 (on CUDA e4m3); ``heads`` must be a multiple
+            of their ``kv_heads``.
         cu_seqlens_q: ``[batch + 1]`` int32, prefix sums of the query lengths. Rows of ``q``
             past ``cu_seqlens_q[-1]`` (padding) are neither read nor written.
         causal: no row sees a key after its own position.
@@ -304,7 +306,9 @@ def write_kv(
             )
     if key.is_cuda:
         _check("key", key, None, CUDA_DTYPES, key.device)
-        _check("k_cache", k_cache, None, (key.dtype,), key.device)
+        _check("k_cache", k_cache, None, (key.dtype, CUDA_FP8), key.device)
+        if k_cache.dtype == key.dtype:
+            _check_no_scales(k_scale, v_scale, "k_cache")
     path = kernels.path_for(key.device)
     kernels.ops(key.device).write_kv(key, value, k_cache, v_cache, slot_mapping, k_scale, v_scale)
     stats.record("write_kv", path, slot_mapping.shape[0])
@@ -445,7 +449,9 @@ def _check_cuda_attention(
             f"head_dim must be {' or '.join(map(str, CUDA_HEAD_DIMS))} on CUDA, got {q.shape[2]}"
         )
     # Packed keys and values have q's dtype by now.
-    _check("k", kv.k, None, (q.dtype,), q.device)
+    _check("k", kv.k, None, (q.dtype, CUDA_FP8), q.device)
+    if isinstance(kv, PagedKV) and kv.k.dtype == q.dtype:
+        _check_no_scales(kv.k_scale, kv.v_scale, "k")
     if isinstance(kv, PagedKV) and kv.block_size % 16:
         raise ValueError(f"block_size of k must be a multiple of 16 on CUDA, got {kv.block_size}")
     for name, index in (
@@ -464,10 +470,11 @@ def _check_cuda_attention(
 
 def _check_aligned(name: str, tensor: torch.Tensor) -> None:
     strides = [n for size, n in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
-    if tensor.data_ptr() % 16 or any(n % 8 for n in strides[:-1]):
+    elements = 16 // tensor.itemsize
+    if tensor.data_ptr() % 16 or any(n % elements for n in strides[:-1]):
         raise ValueError(
             f"{name} must begin at a multiple of 16 bytes on CUDA, with strides that are "
-            f"multiples of 8 elements, got address {tensor.data_ptr():#x} and strides "
+            f"multiples of {elements} elements, got address {tensor.data_ptr():#x} and strides "
             f"{list(tensor.stride())}"
         )
 
@@ -508,6 +515,14 @@ def _check_scales(
                 f"{name} must have 1 or kv_heads={heads} elements, got {scale.numel()}"
             )
         _check(name, scale, None, (torch.float32,), device)
+
+
+def _check_no_scales(
+    k_scale: torch.Tensor | None, v_scale: torch.Tensor | None, what: str
+) -> None:
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if scale is not None:
+            raise ValueError(f"{name} must be None on CUDA where {what} is no fp8, got {scale}")
 
 
 def _check_last_stride(name: str, tensor: torch.Tensor) -> None:

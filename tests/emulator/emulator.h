@@ -5,6 +5,7 @@
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #include <cuda_runtime.h>
 #include <setjmp.h>
 #include <ucontext.h>
@@ -337,7 +338,9 @@ inline T __ldcg(const T* address) {
 }
 inline unsigned __float_as_uint(float x) { return __builtin_bit_cast(unsigned, x); }
 inline float __uint_as_float(unsigned x) { return __builtin_bit_cast(float, x); }
+inline float __int_as_float(int x) { return __builtin_bit_cast(float, x); }
 inline float __frcp_rn(float x) { return 1 / x; }
+inline float __fdiv_rn(float x, float y) { return x / y; }
 template <typename A, typename B>
 constexpr std::common_type_t<A, B> min(A a, B b) {
   return a < b ? a : b;

@@ -10,7 +10,7 @@ namespace emulator {
 struct TensorMap {
   const char* data;
   uint64_t strides[4];
-  uint32_t sizes[5];
+  uint32_t sizes[5], row_bytes;
   uint16_t box[5];
 };
 static_assert(sizeof(TensorMap) <= sizeof(CUtensorMap));
@@ -34,14 +34,14 @@ inline void mbarrier_wait(uint64_t* barrier, int parity) {
   emulator::wait(emulator::wave.phases.at(barrier), parity);
 }
 
-// Elements of two bytes, in boxes of rows of 128 bytes, swizzled.
+// Rows of 128 bytes or fewer, one behind the other; the swizzle is of the address.
 inline void tensor_copy(void* destination, const CUtensorMap* map, uint64_t* barrier, int c0,
                         int c1, int c2, int c3, int c4) {
   emulator::TensorMap tensor;
   std::memcpy(&tensor, map, sizeof(tensor));
   auto& phases = emulator::wave.phases.at(barrier);
   const uint32_t base = shared_address(destination);
-  char* to = emulator::at_shared(base, size_t{128} * tensor.box[1] * tensor.box[2]);
+  char* to = emulator::at_shared(base, size_t{tensor.row_bytes} * tensor.box[1] * tensor.box[2]);
   emulator::wave.copies.push_back([=, &phases] {
     const int64_t at[5] = {c0, c1, c2, c3, c4};
     if (base % 1024) emulator::fail("a swizzled box is not aligned to 1024 bytes");
@@ -57,12 +57,13 @@ inline void tensor_copy(void* destination, const CUtensorMap* map, uint64_t* bar
         inside &= index >= 0 && index < tensor.sizes[i];
         source += index * static_cast<int64_t>(tensor.strides[i - 1]);
       }
-      for (uint32_t piece = 0; piece < 8; ++piece) {
-        char* own = to + row * 128 + ((piece ^ (row & 7)) << 4);
+      for (uint32_t piece = 0; piece < tensor.row_bytes / 16; ++piece) {
+        const int64_t offset = row * tensor.row_bytes + 16 * piece;
+        char* own = to + (offset ^ (offset >> 3 & 0x70));
         inside ? std::memcpy(own, source + 16 * piece, 16) : std::memset(own, 0, 16);
       }
     }
-    phases.bytes -= rows * 128;
+    phases.bytes -= rows * tensor.row_bytes;
     emulator::end_phase_if_complete(phases);
   });
 }

@@ -115,6 +115,23 @@ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
   }
 }
 
+inline void widen_fp8(uint32_t four, uint32_t& low, uint32_t& high) {
+  __half values[4];
+  for (int i = 0; i < 4; ++i) {
+    __nv_fp8_e4m3 value;
+    value.__x = static_cast<uint8_t>(four >> 8 * i);
+    values[i] = static_cast<__half>(value);
+  }
+  std::memcpy(&low, values, 4);
+  std::memcpy(&high, values + 2, 4);
+}
+inline uint16_t narrow_to_fp8(float low, float high) {
+  return static_cast<uint16_t>(__nv_fp8_e4m3(low).__x | __nv_fp8_e4m3(high).__x << 8);
+}
+inline uint32_t swap_inner_bytes(uint32_t x) {
+  return (x & 0xff0000ff) | (x & 0xff00) << 8 | (x >> 8 & 0xff00);
+}
+
 inline float exp2_approx(float x) { return std::exp2(x); }
 
 template <typename T>

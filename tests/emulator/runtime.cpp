@@ -15,13 +15,15 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, 
   *function = reinterpret_cast<void*>(&cuTensorMapEncodeTiled);
   return *result = cudaDriverEntryPointSuccess, cudaSuccess;
 }
-CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_t rank, void* data,
-                                const cuuint64_t* sizes, const cuuint64_t* strides,
+CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank,
+                                void* data, const cuuint64_t* sizes, const cuuint64_t* strides,
                                 const cuuint32_t* box, const cuuint32_t* steps,
                                 CUtensorMapInterleave, CUtensorMapSwizzle swizzle,
                                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
   emulator::TensorMap made{static_cast<const char*>(data)};
-  bool legal = rank == 5 && box[0] == 64 && sizes[0] == 64 && swizzle == CU_TENSOR_MAP_SWIZZLE_128B;
+  made.row_bytes = box[0] * (type == CU_TENSOR_MAP_DATA_TYPE_UINT8 ? 1 : 2);
+  bool legal = rank == 5 && box[0] == sizes[0] && made.row_bytes % 16 == 0;
+  legal &= made.row_bytes <= 128 && swizzle == CU_TENSOR_MAP_SWIZZLE_128B;
   legal &= reinterpret_cast<uintptr_t>(data) % 16 == 0;
   for (int i = 0; i < 5; ++i) {
     legal &= steps[i] == 1 && box[i] > 0 && box[i] <= 256 && sizes[i] > 0 && sizes[i] >> 32 == 0;

@@ -1,0 +1,64 @@
+// Products with keys and values that ldmatrix has loaded, 32 bytes of each row: 16 dimensions of 16
+// bits, or 32 of fp8, which become fp16 here. A register of fp8 holds four neighbours where one of
+// 16 bits holds two, so that dimensions of queries and of the output go by another order.
+#pragma once
+#include "../common/request.cuh"
+
+namespace sparsek::portable {
+
+// A lane has of each row of queries, a step of 16 dimensions: elements 2 * (lane % 4) and the next,
+// and those 8 further on; beside fp8 keys 4 * (lane % 4) and the next three.
+template <typename M, typename KV>
+__device__ inline void multiply_keys(float (&scores)[4], const uint32_t (*q)[4], uint32_t first,
+                                     uint32_t second) {
+  if constexpr (sizeof(KV) == 1) {
+    uint32_t low, high;
+    widen_fp8(first, low, high);
+    mma<M>(scores, q[0], low, high);
+    widen_fp8(second, low, high);
+    mma<M>(scores, q[1], low, high);
+  } else {
+    mma<M>(scores, q[0], first, second);
+  }
+}
+
+// 16 keys' values, two registers for 16 bytes of them.
+template <typename M, typename KV>
+__device__ inline void multiply_values(float (*out)[4], const uint32_t (&weights)[4],
+                                       const uint32_t (&v)[4]) {
+  if constexpr (sizeof(KV) == 1) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      uint32_t even[2], odd[2];
+      widen_fp8(swap_inner_bytes(v[2 * i]), even[0], odd[0]);
+      widen_fp8(swap_inner_bytes(v[2 * i + 1]), even[1], odd[1]);
+      mma<M>(out[2 * i], weights, even[0], even[1]);
+      mma<M>(out[2 * i + 1], weights, odd[0], odd[1]);
+    }
+  } else {
+    mma<M>(out[0], weights, v[0], v[1]);
+    mma<M>(out[1], weights, v[2], v[3]);
+  }
+}
+
+// The n-th two neighbours that a lane has of a row of the output.
+template <typename KV>
+struct OutputPair {
+  float first, second;
+  int n;
+
+  __device__ OutputPair(const float (*out)[4], int n, int half) : n(n) {
+    if (sizeof(KV) == 1) {
+      first = out[n & ~1][2 * half + n % 2];
+      second = out[n | 1][2 * half + n % 2];
+    } else {
+      first = out[n][2 * half];
+      second = out[n][2 * half + 1];
+    }
+  }
+  __device__ int column(int lane) const {
+    return sizeof(KV) == 1 ? n / 2 * 16 + 4 * (lane % 4) + n % 2 * 2 : 8 * n + 2 * (lane % 4);
+  }
+};
+
+}  // namespace sparsek::portable
