@@ -39,6 +39,7 @@ class Batch:
     layout: str = "nhd"
     seed: int = 0
     extra_blocks: int = 3
+    fp8: bool = False  # the cache, with a scale for each head of K and one of V
 
     def __post_init__(self) -> None:
         torch.manual_seed(self.seed)
@@ -51,7 +52,8 @@ class Batch:
         pages = [-(-n // block) for _, n in self.lengths]
         blocks = sum(pages) + self.extra_blocks
         shape = (blocks, heads, block) if self.layout == "hnd" else (blocks, block, heads)
-        cache = torch.full((*shape, 2 * dim), torch.nan, dtype=self.dtype, device=DEVICE)
+        cache_dtype = torch.float8_e4m3fn if self.fp8 else self.dtype
+        cache = torch.full((*shape, 2 * dim), torch.nan, device=DEVICE).to(cache_dtype)
         cache = cache.transpose(1, 2) if self.layout == "hnd" else cache
         ids = torch.randperm(blocks)
         table = torch.full((len(pages), max(pages) + 2), GARBAGE, dtype=torch.int32)
@@ -67,9 +69,27 @@ class Batch:
             cache[..., dim:],
             table.to(DEVICE),
             torch.tensor([n for _, n in self.lengths], dtype=torch.int32, device=DEVICE),
+            k_scale=torch.arange(1, heads + 1, device=DEVICE) / 64 if self.fp8 else None,
+            v_scale=torch.tensor([0.02], device=DEVICE) if self.fp8 else None,
         )
-        write_kv(torch.cat(self.k), torch.cat(self.v), self.kv.k, self.kv.v, self.slots)
+        self.write()
         self.cu_seqlens_q = torch.tensor(self.bounds, dtype=torch.int32, device=DEVICE)
+
+    def write(self) -> None:
+        """The keys and values to their slots. Those of fp8 become what the cache then holds."""
+        kv = self.kv
+        write_kv(
+            torch.cat(self.k), torch.cat(self.v), kv.k, kv.v, self.slots, kv.k_scale, kv.v_scale
+        )
+        if kv.k_scale is None or kv.v_scale is None:
+            return
+
+        def rounded(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+            quotient = x.float() / scale[:, None]
+            return quotient.to(kv.k.dtype).double() * scale.double()[:, None]
+
+        self.k = [rounded(k, kv.k_scale) for k in self.k]
+        self.v = [rounded(v, kv.v_scale) for v in self.v]
 
     def dense(self) -> DenseKV:
         gap = torch.full((3, self.kv_heads, self.head_dim), torch.nan, dtype=self.dtype).to(DEVICE)
@@ -103,7 +123,7 @@ class Batch:
 
     def check(self, path: str = PATH, **options) -> None:
         expected, expected_lse = self.expected(**options)
-        for kv in (self.kv, self.dense()):
+        for kv in (self.kv, *([] if self.fp8 else [self.dense()])):
             reset_path_counts()
             out, lse = self.run(kv, **options)
             assert list(path_counts()) == [f"varlen_attention:{path}"]

@@ -6,6 +6,7 @@ small for.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
@@ -26,25 +27,32 @@ if ON_GPU:
 KINDS += [(torch.bfloat16, 64), (torch.float16, 128)] if ON_GPU else []
 
 
+FP8 = pytest.mark.parametrize("fp8", [False, True], ids=["16-bit", "fp8"])
+
+
+@FP8
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 7, 8, 16])
-def test_groups(group: int, head_dim: int) -> None:
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 7, 8, 16] if ON_GPU else [1, 3, 4, 8, 16])
+def test_groups(group: int, head_dim: int, fp8: bool) -> None:
     """Every GQA ratio, in one mixed batch: decodes, a few tokens, prefill, chunked prefill."""
     longest = 5000 if ON_GPU else 1500
     lengths = [(1, 1), (1, 777), (0, 9), (3, 200), (1, 0), (130, 130), (70, 600), (5, longest)]
-    Batch(lengths, 2, group, head_dim, seed=group).check()
+    Batch(lengths, 2, group, head_dim, seed=group, fp8=fp8).check()
 
 
 EDGES = [n for edge in (16, 64, 128) for n in (edge - 1, edge, edge + 1)]
 
 
+@FP8
 @pytest.mark.parametrize(("dtype", "head_dim"), KINDS)
 @pytest.mark.parametrize(("block", "layout"), PAGES)
-def test_pages_and_borders(block: int, layout: str, dtype: torch.dtype, head_dim: int) -> None:
+def test_pages_and_borders(
+    block: int, layout: str, dtype: torch.dtype, head_dim: int, fp8: bool
+) -> None:
     """Lengths around every border of a tile and a page, for queries and for keys."""
     near = [n for n in (block - 1, block, block + 1) if n > 0]
     lengths = [(rows, max(rows, keys)) for rows in (1, 2, *EDGES) for keys in (*EDGES, *near)]
-    Batch(lengths, 1, 2, head_dim, dtype, block, layout).check()
+    Batch(lengths, 1, 2, head_dim, dtype, block, layout, fp8=fp8).check()
 
 
 OPTIONS = [
@@ -59,10 +67,12 @@ OPTIONS = [
 ]
 
 
+@FP8
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_options(options: dict, head_dim: int) -> None:
-    batch = Batch([(1, 300), (4, 4), (200, 300), (1, 3000), (64, 2000), (2, 1)], 2, 4, head_dim)
+def test_options(options: dict, head_dim: int, fp8: bool) -> None:
+    lengths = [(1, 300), (4, 4), (200, 300), (1, 3000), (64, 2000), (2, 1)]
+    batch = Batch(lengths, 2, 4, head_dim, fp8=fp8)
     if options.get("sinks"):
         options = options | {"sinks": torch.randn(8, device=DEVICE).bfloat16()}
     batch.check(**options)
@@ -92,6 +102,7 @@ def test_random_batches() -> None:
             pick.choice([16, 32, 48, 64, 128]),
             pick.choice(["nhd", "hnd"]),
             seed,
+            fp8=pick.random() < 0.4,
         )
         batch.check(
             causal=pick.random() < 0.8,
@@ -150,10 +161,22 @@ def test_maxima_that_grow(rows: int) -> None:
     batch.q = batch.q.abs()
     growth = torch.linspace(0.01, 4, 500, device=DEVICE)[:, None, None]
     batch.k = [(k.abs() * growth).half() for k in batch.k]
-    write_kv(batch.k[0], batch.v[0], batch.kv.k, batch.kv.v, batch.slots)
+    batch.write()
     batch.check()
 
 
 @pytest.mark.parametrize("keys", [62, 63, 64, 65, 127, 128, 129])
 def test_last_tile_without_a_causal_mask(keys: int) -> None:
     Batch([(20, keys), (1, keys)], 1, 2, 64).check(causal=False)
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("size", [1e-30, 1e-6, 1e4, 1e30])
+def test_bf16_queries_beside_fp8_keys(size: float, rows: int) -> None:
+    """Products take fp16: queries beyond its range, and far below it, count all the same."""
+    batch = Batch([(rows, 300)], 2, 2, 64, fp8=True)
+    batch.q = (batch.q.double() * size).bfloat16()
+    batch.kv = dataclasses.replace(batch.kv, k_scale=torch.full((2,), 1 / size, device=DEVICE))
+    stored = batch.kv.k.double()[batch.kv.block_table[0, :19].long()].flatten(0, 1)[:300]
+    batch.k = [stored / torch.tensor(size).double()]
+    batch.check()

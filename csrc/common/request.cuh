@@ -31,7 +31,7 @@ __device__ inline float load_float(const void* data, Float type, int64_t index) 
 template <int kRowBytes>
 __device__ inline uint32_t tile_offset(int row, int piece) {
   const uint32_t offset = row * kRowBytes + piece * 16;
-  return offset ^ (kRowBytes < 128 ? offset >> 3 & 0x70 : (row & 7) << 4);
+  return offset ^ (kRowBytes < 128 ? offset >> 3 & 0x30 : (row & 7) << 4);
 }
 
 struct KeyRange {

@@ -111,7 +111,7 @@ __device__ void produce(const DecodeParams& d, Share& share, char* ring, uint64_
 // bits 4 to 6 of an offset with bits 7 to 9.
 __device__ inline uint32_t swizzled(int row, int pitch, int piece) {
   const uint32_t offset = row * pitch + piece * 16;
-  return offset ^ (offset >> 3 & 0x70);
+  return offset ^ (offset >> 3 & (pitch < kChunkBytes ? 0x30 : 0x70));
 }
 
 // A 16x16 first operand of two that a load has brought: `which` 0 or 1. Columns are dimensions of

@@ -36,9 +36,12 @@ struct Shape {
   static constexpr int kRowBytes = sizeof(KV) * kHeadDim, kArrivingBytes = kRowBytes * kBlockN;
   static constexpr int kArrivingChunks = kFp8 ? 1 : kChunks;
   static constexpr int kTileBytes = 2 * kHeadDim * kBlockN;
-  static constexpr int kLoaderRegisters = kFp8 ? 64 : kGroups == 3 ? 32 : 40;
+  static constexpr int kLoaderRegisters = kFp8 ? 56 : kGroups == 3 ? 32 : 40;
   static constexpr int kComputeRegisters = kFp8 ? 224 : kGroups == 3 ? 160 : 232;
-  static_assert(128 * (kLoaderRegisters + kGroups * kComputeRegisters) <= 64 * 1024);
+  // Those that a block is launched with: warpgroups that ask for more than others give wait
+  // forever.
+  static constexpr int kRegisters = 64 * 1024 / kThreads / 8 * 8;
+  static_assert(kLoaderRegisters + kGroups * kComputeRegisters <= (1 + kGroups) * kRegisters);
 };
 
 // Rows of queries and the keys that they need.
@@ -171,7 +174,8 @@ struct Loader {
   __device__ void load(const Tile<S::kGroups>& tile) {
     const AttentionParams& p = d.attention;
     const CUtensorMap* map = kValues ? &d.v : &d.k;
-    const int lane = threadIdx.x % 32;
+    int lane = threadIdx.x % 32;
+    recompute(lane);  // registers are short
     // A lane brings one chunk of one box.
     const int chunk = lane % S::kArrivingChunks, row = lane / S::kArrivingChunks * d.box_keys;
     const int offset = (S::kTileBytes - S::kArrivingBytes) + chunk * (kBlockN * kChunkBytes) +
@@ -211,8 +215,9 @@ struct Loader {
       uint64_t* full = kValues ? &shared.v_full[stage] : &shared.k_full[stage];
       // Values of keys that no row sees can be NaN, which a weight of 0 does not cancel.
       const int in_box = d.box_keys - 1, end = keys.end;
-      const bool unseen = kValues && ((key0 < keys.begin && (keys.begin & in_box) != 0) ||
-                                      (key0 + kBlockN > end && (end & in_box) != 0));
+      const bool unseen = !S::kFp8 && kValues &&
+                          ((key0 < keys.begin && (keys.begin & in_box) != 0) ||
+                           (key0 + kBlockN > end && (end & in_box) != 0));
       const bool lands = S::kFp8 || unseen;
       mbarrier_wait(kValues ? &shared.v_empty[stage] : &shared.k_empty[stage], place.phase ^ 1);
       uint64_t* landed = kValues ? &shared.v_landed[stage] : &shared.k_landed[stage];
@@ -246,26 +251,28 @@ struct Loader {
   // written lie in front of those that are still to be read.
   __device__ static void widen(char* place, int begin, int end) {
     constexpr int kPieces = S::kRowBytes / 16, kRows = 32 / kPieces;  // that the warp has at once
-    const int lane = threadIdx.x % 32, piece = lane % kPieces;
+    int lane = threadIdx.x % 32;
+    recompute(lane);  // registers are short
+    const int piece = lane % kPieces;
     const char* source = place + (S::kTileBytes - S::kArrivingBytes);
     // 16 elements become two pieces. Half of the lanes begin with the second, so that no two write
     // to the same banks.
     const int chunk = piece / 4, first = 2 * (piece % 4) + (kPieces == 8 ? chunk : 0);
+    const bool swap = first % 2;
 #pragma unroll 2
     for (int row = lane / kPieces; row < kBlockN; row += kRows) {
-      const uint4 bytes =
-          *reinterpret_cast<const uint4*>(source + tile_offset<S::kRowBytes>(row, piece));
+      uint4 bytes = *reinterpret_cast<const uint4*>(source + tile_offset<S::kRowBytes>(row, piece));
       __syncwarp();
-      uint4 low, high;
-      widen_fp8(bytes.x, low.x, low.y);
-      widen_fp8(bytes.y, low.z, low.w);
-      widen_fp8(bytes.z, high.x, high.y);
-      widen_fp8(bytes.w, high.z, high.w);
-      if (kValues && (row < begin || row >= end)) low = high = uint4{};
+      if (kValues && (row < begin || row >= end)) bytes = uint4{};
       char* target = place + (chunk * kBlockN + row) * kChunkBytes;
-      const bool second_first = first % 2;
-      *reinterpret_cast<uint4*>(target + ((first ^ row % 8) << 4)) = second_first ? high : low;
-      *reinterpret_cast<uint4*>(target + ((first ^ 1 ^ row % 8) << 4)) = second_first ? low : high;
+      const auto put = [&](int index, uint32_t low, uint32_t high) {
+        uint4 wide;
+        widen_fp8(low, wide.x, wide.y);
+        widen_fp8(high, wide.z, wide.w);
+        *reinterpret_cast<uint4*>(target + ((index ^ row % 8) << 4)) = wide;
+      };
+      put(first, swap ? bytes.z : bytes.x, swap ? bytes.w : bytes.y);
+      put(first ^ 1, swap ? bytes.x : bytes.z, swap ? bytes.y : bytes.w);
     }
   }
 

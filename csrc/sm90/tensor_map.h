@@ -44,6 +44,9 @@ cudaError_t make_tensor_map(CUtensorMap* map, const KVTensor& tensor, int kv_hea
       sizeof(KV) == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16;
   const int chunk_bytes = row_bytes < kChunkBytes ? row_bytes : kChunkBytes;
   const cuuint32_t elements = chunk_bytes / sizeof(KV);
+  // Rows shorter than the pattern would be padded to it.
+  const auto swizzle =
+      chunk_bytes == kChunkBytes ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
   // Where there is one of a kind its stride is never used, but has to be a legal one.
   const auto bytes = [](int64_t stride) {
     return static_cast<cuuint64_t>(stride ? sizeof(KV) * stride : kChunkBytes);
@@ -60,8 +63,8 @@ cudaError_t make_tensor_map(CUtensorMap* map, const KVTensor& tensor, int kv_hea
   // No promotion: fetching 256 bytes for a row of 128 costs a tenth of the bandwidth.
   const CUresult result =
       encode(map, type, 5, const_cast<void*>(tensor.data), sizes, strides, box, steps,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+             CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_NONE,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 

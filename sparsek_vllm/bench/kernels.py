@@ -28,6 +28,7 @@ from sparsek_vllm.core import (
 
 OURS = "sparsek"
 PORTABLE = "portable"  # ours too, beside Hopper's own kernels where those are chosen
+SIXTEEN_BIT = "sparsek bf16"  # ours too, beside fp8 keys and values
 _DEVICE = "cuda"
 
 
@@ -46,7 +47,7 @@ class Row:
         return self.work / self.times[contender] / 1e6
 
     def best_peer(self) -> str | None:
-        peers = [name for name in self.times if name not in (OURS, PORTABLE)]
+        peers = [name for name in self.times if name not in (OURS, PORTABLE, SIXTEEN_BIT)]
         return min(peers, key=self.times.__getitem__) if peers else None
 
 
@@ -66,7 +67,7 @@ def _with_portable(call: Call) -> Call:
 
 @dataclass
 class Paged:
-    """Requests over a paged cache, in several copies."""
+    """Requests over a paged cache, in several copies; one of fp8 has scales of 1."""
 
     rows: Sequence[int]  # query tokens of each request
     keys: Sequence[int]
@@ -76,11 +77,15 @@ class Paged:
     kv_heads: int = 8
     dtype: torch.dtype = torch.bfloat16
     warm: bool = False
+    fp8: bool = False
 
     def __post_init__(self) -> None:
         torch.manual_seed(0)
+        self.kv_dtype = torch.float8_e4m3fn if self.fp8 else self.dtype
+        self.one = torch.ones(1, device=_DEVICE) if self.fp8 else None
         pages = [-(-n // self.page) for n in self.keys]
-        self.kv_bytes = 4 * sum(self.keys) * self.kv_heads * self.head_dim
+        elements = 2 * sum(self.keys) * self.kv_heads * self.head_dim
+        self.kv_bytes = elements * self.kv_dtype.itemsize
         self.copies = 1 if self.warm else copies_beyond_l2(self.kv_bytes)
         self.cu_seqlens_q = _prefix_sums(self.rows)
         self.seq_lens = torch.tensor(self.keys, dtype=torch.int32, device=_DEVICE)
@@ -92,7 +97,7 @@ class Paged:
                 sum(self.rows), self.heads, self.head_dim, dtype=self.dtype, device=_DEVICE
             )
             self.q.append(q.normal_())
-            cache = torch.empty(shape, dtype=self.dtype, device=_DEVICE).normal_()
+            cache = torch.empty(shape, dtype=self.dtype, device=_DEVICE).normal_().to(self.kv_dtype)
             self.k.append(cache[..., : self.head_dim])
             self.v.append(cache[..., self.head_dim :])
             ids = torch.randperm(sum(pages)).int()
@@ -121,7 +126,7 @@ class Paged:
 
     def ours(self) -> Call:
         caches = [
-            PagedKV(k, v, table, self.seq_lens)
+            PagedKV(k, v, table, self.seq_lens, self.one, self.one)
             for k, v, table in zip(self.k, self.v, self.tables, strict=True)
         ]
         longest = max(self.rows), max(self.keys)
@@ -147,6 +152,9 @@ class Paged:
         longest = max(self.rows), max(self.keys)
         decode = longest[0] <= 16
         splits = 32 if decode else 0
+        # With fp8 it takes queries of fp8 too, which vLLM makes in a launch of their own.
+        queries = [q.to(self.kv_dtype) for q in self.q]
+        ones = self._descale(len(self.rows), self.kv_heads)
 
         def make_plan(i: int = 0) -> Any:
             return flash.get_scheduler_metadata(
@@ -157,7 +165,7 @@ class Paged:
                 num_heads_kv=self.kv_heads,
                 headdim=self.head_dim,
                 cache_seqlens=self.seq_lens,
-                qkv_dtype=self.dtype,
+                qkv_dtype=self.kv_dtype,
                 cu_seqlens_q=self.cu_seqlens_q,
                 page_size=self.page,
                 causal=True,
@@ -170,7 +178,7 @@ class Paged:
         def call(i: int) -> object:
             i %= self.copies
             return flash.flash_attn_varlen_func(
-                self.q[i],
+                queries[i],
                 self.k[i],
                 self.v[i],
                 out=self.out,
@@ -183,10 +191,16 @@ class Paged:
                 block_table=self.tables[i],
                 scheduler_metadata=plan,
                 num_splits=splits,
+                q_descale=ones,
+                k_descale=ones,
+                v_descale=ones,
                 fa_version=3,
             )
 
         return call
+
+    def _descale(self, *shape: int) -> torch.Tensor | None:
+        return None if self.one is None else self.one.expand(shape)
 
     def flashinfer(self) -> Call | None:
         flashinfer = _module("flashinfer")
@@ -218,7 +232,7 @@ class Paged:
                     self.head_dim,
                     self.page,
                     q_data_type=self.dtype,
-                    kv_data_type=self.dtype,
+                    kv_data_type=self.kv_dtype,
                 )
 
             make_plan()
@@ -240,6 +254,7 @@ class Paged:
             return None
         longest = max(self.rows), max(self.keys)
         segments = 16
+        ones = self._descale(len(self.rows), self.kv_heads)
         padded = 1 << (self.head_dim - 1).bit_length()
         shape = (sum(self.rows), self.heads, segments)
         parts = torch.empty(*shape, padded, dtype=torch.float32, device=_DEVICE)
@@ -262,8 +277,8 @@ class Paged:
                 block_table=self.tables[i],
                 softcap=0,
                 q_descale=None,
-                k_descale=None,
-                v_descale=None,
+                k_descale=ones,
+                v_descale=ones,
                 seq_threshold_3D=128 // self.kv_heads,
                 num_par_softmax_segments=segments,
                 softmax_segm_output=parts,
@@ -411,6 +426,27 @@ def multi_query(warm: bool) -> Iterator[Row]:
             yield _bandwidth_row(f"{rows} query tokens, 16 x 16384 D={head_dim}", case)
 
 
+def fp8(warm: bool) -> Iterator[Row]:
+    """Decode over fp8 (e4m3) keys and values, 32/8 heads, page 16, beside ours over bf16."""
+    for head_dim in (128, 64):
+        for batch, context in DECODE_SHAPES:
+            shape = [1] * batch, [context] * batch, head_dim, 16
+            case = Paged(*shape, warm=warm, fp8=True)
+            wide = Paged(*shape, warm=warm)
+            beside = {SIXTEEN_BIT: wide.ours()}
+            yield _bandwidth_row(f"{batch} x {context} D={head_dim} fp8", case, beside)
+
+
+def fp8_prefill(warm: bool) -> Iterator[Row]:
+    """Causal, bf16 queries on fp8 keys and values, 32/8 heads, page 16, beside ours over bf16."""
+    for head_dim in (128, 64):
+        for batch, rows, keys in PAGED_PREFILL_SHAPES:
+            shape = [rows] * batch, [keys] * batch, head_dim, 16
+            case = Paged(*shape, warm=warm, fp8=True)
+            beside = {SIXTEEN_BIT: Paged(*shape, warm=warm).ours()}
+            yield _causal_row(f"{batch} x {rows} on {keys} D={head_dim} fp8", case, beside)
+
+
 def prefill(warm: bool) -> Iterator[Row]:
     """Packed keys, fp16, 16,384 tokens; causal counts half the operations."""
     for head_dim, heads in ((64, 32), (128, 16)):
@@ -487,6 +523,8 @@ SETS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "decode": decode,
     "uneven": uneven,
     "multi-query": multi_query,
+    "fp8": fp8,
+    "fp8-prefill": fp8_prefill,
     "prefill": prefill,
     "paged-prefill": paged_prefill,
     "mixed": mixed,
@@ -494,16 +532,18 @@ SETS: dict[str, Callable[[bool], Iterator[Row]]] = {
 }
 
 
-def _bandwidth_row(name: str, case: Paged) -> Row:
+def _bandwidth_row(name: str, case: Paged, beside: dict[str, Call] | None = None) -> Row:
     calls = case.contenders()
-    _check_agreement(name, calls, case.out)
+    # FA3 rounds weights to fp8.
+    _check_agreement(name, calls, case.out, 0.1 if case.fp8 else 0.05)
+    calls |= beside or {}
     times = time_in_graphs(calls, case.copies)
     plans = time_launches(case.plans)
     return Row(name, times, case.kv_bytes, "TB/s", plans, "Plan made before, us")
 
 
-def _causal_row(name: str, case: Paged) -> Row:
-    calls = case.contenders()
+def _causal_row(name: str, case: Paged, beside: dict[str, Call] | None = None) -> Row:
+    calls = case.contenders() | (beside or {})
     calls.pop("FlashInfer", None)  # its decode wrapper
     times = time_in_graphs(calls, case.copies)
     pairs = zip(case.rows, case.keys, strict=True)
@@ -511,7 +551,9 @@ def _causal_row(name: str, case: Paged) -> Row:
     return Row(name, times, 4 * case.heads * case.head_dim * seen, "TFLOP/s")
 
 
-def _check_agreement(name: str, calls: dict[str, Call], out: torch.Tensor) -> None:
+def _check_agreement(
+    name: str, calls: dict[str, Call], out: torch.Tensor, tolerance: float
+) -> None:
     """A contender that computes something else is not one."""
     results = {}
     for contender, call in calls.items():
@@ -520,7 +562,7 @@ def _check_agreement(name: str, calls: dict[str, Call], out: torch.Tensor) -> No
         results[contender] = out.float().clone()
     for contender, result in results.items():
         difference = (result - results[OURS]).abs().max().item()
-        if not difference < 0.05:
+        if not difference < tolerance:
             raise RuntimeError(f"{name}: {contender} and {OURS} differ by {difference}")
 
 

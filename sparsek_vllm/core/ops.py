@@ -517,9 +517,7 @@ def _check_scales(
         _check(name, scale, None, (torch.float32,), device)
 
 
-def _check_no_scales(
-    k_scale: torch.Tensor | None, v_scale: torch.Tensor | None, what: str
-) -> None:
+def _check_no_scales(k_scale: torch.Tensor | None, v_scale: torch.Tensor | None, what: str) -> None:
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if scale is not None:
             raise ValueError(f"{name} must be None on CUDA where {what} is no fp8, got {scale}")

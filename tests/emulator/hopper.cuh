@@ -34,7 +34,7 @@ inline void mbarrier_wait(uint64_t* barrier, int parity) {
   emulator::wait(emulator::wave.phases.at(barrier), parity);
 }
 
-// Rows of 128 bytes or fewer, one behind the other; the swizzle is of the address.
+// Rows of 128 or 64 bytes, one behind the other; the swizzle is of the address.
 inline void tensor_copy(void* destination, const CUtensorMap* map, uint64_t* barrier, int c0,
                         int c1, int c2, int c3, int c4) {
   emulator::TensorMap tensor;
@@ -59,7 +59,7 @@ inline void tensor_copy(void* destination, const CUtensorMap* map, uint64_t* bar
       }
       for (uint32_t piece = 0; piece < tensor.row_bytes / 16; ++piece) {
         const int64_t offset = row * tensor.row_bytes + 16 * piece;
-        char* own = to + (offset ^ (offset >> 3 & 0x70));
+        char* own = to + (offset ^ (offset >> 3 & (tensor.row_bytes == 64 ? 0x30 : 0x70)));
         inside ? std::memcpy(own, source + 16 * piece, 16) : std::memset(own, 0, 16);
       }
     }

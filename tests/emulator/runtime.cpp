@@ -23,7 +23,8 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuui
   emulator::TensorMap made{static_cast<const char*>(data)};
   made.row_bytes = box[0] * (type == CU_TENSOR_MAP_DATA_TYPE_UINT8 ? 1 : 2);
   bool legal = rank == 5 && box[0] == sizes[0] && made.row_bytes % 16 == 0;
-  legal &= made.row_bytes <= 128 && swizzle == CU_TENSOR_MAP_SWIZZLE_128B;
+  legal &= made.row_bytes == 128 && swizzle == CU_TENSOR_MAP_SWIZZLE_128B ||
+           made.row_bytes == 64 && swizzle == CU_TENSOR_MAP_SWIZZLE_64B;
   legal &= reinterpret_cast<uintptr_t>(data) % 16 == 0;
   for (int i = 0; i < 5; ++i) {
     legal &= steps[i] == 1 && box[i] > 0 && box[i] <= 256 && sizes[i] > 0 && sizes[i] >> 32 == 0;

@@ -84,12 +84,14 @@ def test_error_is_that_of_flash_attention_3(dtype, lengths, head_dim) -> None:
     assert ours.max() <= 1.5 * theirs.max()
 
 
+@pytest.mark.parametrize("fp8", [False, True], ids=["16-bit", "fp8"])
 @pytest.mark.parametrize("window", [(-1, -1), (40, -1), (100, 30)], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_many_tiles(head_dim: int, window: tuple[int, int]) -> None:
+def test_many_tiles(head_dim: int, window: tuple[int, int], fp8: bool) -> None:
     """More tiles than multiprocessors: blocks of as many warpgroups as there can be, one after the
     other."""
-    batch = Batch([(900, 1500), (1, 3000), (3000, 3000), (130, 129)], 8, 4, head_dim)
+    lengths = [(900, 1500), (1, 3000), (3000, 3000), (130, 129)]
+    batch = Batch(lengths, 8, 4, head_dim, fp8=fp8)
     batch.check(causal=window != (100, 30), window=window)
 
 
@@ -276,9 +278,12 @@ def test_kernels_refuse_what_they_cannot_read() -> None:
     refused("head_dim must be 64 or 128 on CUDA, got 80",
             q=torch.zeros(1, 8, 80, dtype=torch.float16, device=CUDA),
             kv=PagedKV(wide, wide, kv.block_table, kv.seq_lens))  # fmt: skip
-    fp8 = torch.zeros(4, 16, 2, 64, device=CUDA).to(torch.float8_e4m3fn)
-    refused("k must be torch.float16, got torch.float8_e4m3fn",
+    fp8 = torch.zeros(4, 16, 2, 64, device=CUDA).to(torch.float8_e5m2)
+    refused("k must be torch.float16, torch.float8_e4m3fn, got torch.float8_e5m2",
             kv=PagedKV(fp8, fp8, kv.block_table, kv.seq_lens))  # fmt: skip
+    scale = torch.ones(1, device=CUDA)
+    refused("v_scale must be None on CUDA where k is no fp8",
+            kv=dataclasses.replace(kv, v_scale=scale))  # fmt: skip
 
 
 # compute-sanitizer
@@ -298,6 +303,9 @@ for head_dim in (64, 128):
         batch.run(kv)
         batch.run(kv, window=(40, -1))
         batch.run(kv, softcap=10.0, sinks=torch.zeros(8, device="cuda"))
+    fp8 = Batch([*lengths, (700, 900)], 4, 4, head_dim, fp8=True)
+    fp8.run()
+    fp8.run(softcap=10.0, window=(40, -1))
 torch.cuda.synchronize()
 print("all launched")
 """
