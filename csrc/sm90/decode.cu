@@ -1,10 +1,10 @@
 // Attention of few queries a request over long keys on Hopper: split KV, with K and V brought by
 // the tensor memory accelerator (TMA).
 //
-// common/split.cuh says how the work is shared out. One thread block a multiprocessor: a producer
-// warp runs ahead through the block's whole share, across segments, and keeps a ring of units in
-// shared memory full. Two groups of four consumer warps take units in turn, each warp 16 keys, or
-// 32 of fp8: as many bytes.
+// common/split.cuh says how the work is shared out. One thread block a multiprocessor: producer
+// warps, in turn, run ahead through the block's whole share, across segments, and keep a ring of
+// units in shared memory full. Two groups of four consumer warps take units in turn, each warp 16
+// keys, or 32 of fp8: as many bytes.
 //
 // The operands of the products are swapped: keys (then the dimensions of V) are the 16 rows of
 // mma.sync m16n8k16 and queries its 8 columns, since a KV head has few. kTiles such tiles of rows
@@ -20,7 +20,8 @@ namespace sparsek::sm90 {
 namespace {
 
 constexpr int kGroups = 2, kWarpsOfGroup = 4, kWarps = kGroups * kWarpsOfGroup;
-constexpr int kConsumers = 32 * kWarps, kThreads = kConsumers + 32;
+constexpr int kProducers = 2;  // warps: small boxes take one too long
+constexpr int kConsumers = 32 * kWarps, kThreads = kConsumers + 32 * kProducers;
 constexpr int kRingBytes = 128 * 1024;
 constexpr int kConsumerBarrier = 1;
 
@@ -61,15 +62,15 @@ struct DecodeParams {
   bool joined;                  // a copy by `k` brings keys and values
 };
 
-// Brings the units of the block's share, one after the other.
+// Brings every second unit of the block's share, for the producer of that number.
 template <typename S, typename Share>
-__device__ void produce(const DecodeParams& d, Share& share, char* ring, uint64_t* full,
+__device__ void produce(const DecodeParams& d, Share& share, int number, char* ring, uint64_t* full,
                         uint64_t* empty) {
   const AttentionParams& p = d.attention;
   const int lane = threadIdx.x % 32;
   const int boxes = S::kUnitKeys >> d.box_keys_log2;  // of a unit
   const int blocks = static_cast<int>(p.k.blocks);
-  int stage = 0, phase = 0;
+  int stage = 0, phase = 0, turn = 0;
   for (Segment segment; share.next(p, segment);) {
     // A lane looks up the page of every 32nd box, one round ahead of the copies. Boxes without a
     // visible key lie outside of the tensor, whatever the block table says there.
@@ -90,18 +91,21 @@ __device__ void produce(const DecodeParams& d, Share& share, char* ring, uint64_
         now = ahead;
         ahead = look_up(box + 32 + lane);
       }
-      const int block = __shfl_sync(~0u, now.block, (box + lane) % 32);
-      const int token = __shfl_sync(~0u, now.token, (box + lane) % 32);
-      mbarrier_wait(&empty[stage], phase ^ 1);
-      if (lane == 0) mbarrier_arrive_expect(&full[stage], S::kUnitBytes);
-      __syncwarp();
-      if (lane < boxes) {
-        const int box_bytes = S::kRowBytes << d.box_keys_log2;
-        char* k = ring + stage * S::kUnitBytes + lane * 2 * box_bytes;
-        tensor_copy(k, &d.k, &full[stage], 0, token, 0, segment.kv_head, block);
-        if (!d.joined)
-          tensor_copy(k + box_bytes, &d.v, &full[stage], 0, token, 0, segment.kv_head, block);
+      if (turn == number) {
+        const int block = __shfl_sync(~0u, now.block, (box + lane) % 32);
+        const int token = __shfl_sync(~0u, now.token, (box + lane) % 32);
+        mbarrier_wait(&empty[stage], phase ^ 1);
+        if (lane == 0) mbarrier_arrive_expect(&full[stage], S::kUnitBytes);
+        __syncwarp();
+        if (lane < boxes) {
+          const int box_bytes = S::kRowBytes << d.box_keys_log2;
+          char* k = ring + stage * S::kUnitBytes + lane * 2 * box_bytes;
+          tensor_copy(k, &d.k, &full[stage], 0, token, 0, segment.kv_head, block);
+          if (!d.joined)
+            tensor_copy(k + box_bytes, &d.v, &full[stage], 0, token, 0, segment.kv_head, block);
+        }
       }
+      turn = turn + 1 == kProducers ? 0 : turn + 1;
       if (++stage == S::kStages) stage = 0, phase ^= 1;
     }
   }
@@ -161,7 +165,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   allow_next_kernel();
   OwnShare<S, kTiles> share(p, shared.scratch);
   if (share.empty()) return;
-  if (warp == kWarps) return produce<S>(d, share, shared.ring, shared.full, shared.empty);
+  if (warp >= kWarps)
+    return produce<S>(d, share, warp - kWarps, shared.ring, shared.full, shared.empty);
 
   const int warp_of_group = warp % kWarpsOfGroup, group = warp / kWarpsOfGroup;
   // Where this lane's row of a matrix lies in a warp's keys: boxes of 16 or more keys, each one
@@ -371,8 +376,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 
     __syncwarp();
     segment = shared.segments[warp];
-    // The warps' sums meet: first their maxima, then the second group's sums, to which the first
-    // adds its own.
+    // The warps' sums meet: first their maxima, then the last group's sums, to which the others
+    // add their own.
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
@@ -415,10 +420,11 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
       }
     };
-    if (group == 1) exchange(false);
-    barrier_sync<kConsumers>(kConsumerBarrier);
-    if (group == 0) exchange(true);
-    barrier_sync<kConsumers>(kConsumerBarrier);
+#pragma unroll
+    for (int g = kGroups - 1; g >= 0; --g) {
+      if (group == g) exchange(g < kGroups - 1);
+      barrier_sync<kConsumers>(kConsumerBarrier);
+    }
     constexpr int kPasses = (kRows * kHeadDim + 4 * kConsumers - 1) / (4 * kConsumers);
     float4 values[kPasses] = {};
     float peaks[kPasses], sums[kPasses] = {};

@@ -8,9 +8,8 @@
 // of kBlockN, the last first: that is where masks are. The loading warps (one for keys, one for
 // values, two for queries) run ahead into the next tile.
 //
-// Keys and values of fp8 land in the second half of their place, and the warp that has brought them
-// writes them over it as fp16, while the next ones are on their way. bf16 queries become fp16 too,
-// each row scaled to its range.
+// Keys and values of fp8 land in the second half of their place, and one more warpgroup writes them
+// all over it as fp16. bf16 queries become fp16 too, each row scaled to its range.
 #include "../common/hopper.cuh"
 #include "../common/request.cuh"
 #include "../common/wgmma.cuh"
@@ -24,24 +23,26 @@ constexpr int kEnd = -1;                 // in place of a request: there are no 
 constexpr int kSectionBytes = 40 << 20;  // of 50 or 60 MB of L2 cache
 constexpr double kTileCost = 3;          // of a tile, where a warpgroup's part of it costs 1
 
-enum Barrier : int { kTileTaken = 1, kFirstTurn = 2, kFirstGroup = 5 };
+enum Barrier : int { kTileTaken = 1, kFirstTurn = 2, kFirstGroup = 5, kWidening = 8 };
 
 template <typename KV, int kHeadDim_, int kGroups_>
 struct Shape {
   static constexpr int kHeadDim = kHeadDim_, kGroups = kGroups_;
   static constexpr bool kFp8 = sizeof(KV) == 1;
-  static constexpr int kBlockM = 64 * kGroups, kThreads = 128 * (kGroups + 1);
+  static constexpr int kBlockM = 64 * kGroups, kThreads = 128 * (kGroups + (kFp8 ? 2 : 1));
   static constexpr int kStages = kHeadDim == 64 ? 4 : 2, kChunks = 2 * kHeadDim / kChunkBytes;
   // Of keys or values as they arrive.
   static constexpr int kRowBytes = sizeof(KV) * kHeadDim, kArrivingBytes = kRowBytes * kBlockN;
   static constexpr int kArrivingChunks = kFp8 ? 1 : kChunks;
   static constexpr int kTileBytes = 2 * kHeadDim * kBlockN;
-  static constexpr int kLoaderRegisters = kFp8 ? 56 : kGroups == 3 ? 32 : 40;
-  static constexpr int kComputeRegisters = kFp8 ? 224 : kGroups == 3 ? 160 : 232;
+  static constexpr int kLoaderRegisters = kFp8 || kGroups == 3 ? 32 : 40;
+  static constexpr int kWideningRegisters = kFp8 ? 48 : 0;
+  static constexpr int kComputeRegisters = kFp8 ? 216 : kGroups == 3 ? 160 : 232;
   // Those that a block is launched with: warpgroups that ask for more than others give wait
   // forever.
   static constexpr int kRegisters = 64 * 1024 / kThreads / 8 * 8;
-  static_assert(kLoaderRegisters + kGroups * kComputeRegisters <= (1 + kGroups) * kRegisters);
+  static_assert(128 * (kLoaderRegisters + kWideningRegisters + kGroups * kComputeRegisters) <=
+                kThreads * kRegisters);
 };
 
 // Rows of queries and the keys that they need.
@@ -64,7 +65,8 @@ struct Shared {
   char k[S::kStages][S::kTileBytes], v[S::kStages][S::kTileBytes];
   uint64_t tile_full[2], q_full[2], q_empty[2];
   uint64_t k_full[S::kStages], k_empty[S::kStages], v_full[S::kStages], v_empty[S::kStages];
-  uint64_t k_landed[S::kStages], v_landed[S::kStages];  // not ready for use yet
+  uint64_t landed;                                      // values that are not ready for use
+  uint64_t k_landed[S::kStages], v_landed[S::kStages];  // fp8
   Tile<S::kGroups> tiles[2];                            // whose rows are in q
   Tile<S::kGroups> found;                               // the next one
   // Of a KV head, up to and with the requests that a thread has counted.
@@ -167,15 +169,14 @@ struct Loader {
   const PrefillParams& d;
   Shared<S>& shared;
   Place<S::kStages> place;
-  int landed_phases = 0;  // a bit a place
+  int landed_phase = 0;
 
   __device__ Loader(const PrefillParams& d, Shared<S>& shared) : d(d), shared(shared) {}
 
   __device__ void load(const Tile<S::kGroups>& tile) {
     const AttentionParams& p = d.attention;
     const CUtensorMap* map = kValues ? &d.v : &d.k;
-    int lane = threadIdx.x % 32;
-    recompute(lane);  // registers are short
+    const int lane = threadIdx.x % 32;
     // A lane brings one chunk of one box.
     const int chunk = lane % S::kArrivingChunks, row = lane / S::kArrivingChunks * d.box_keys;
     const int offset = (S::kTileBytes - S::kArrivingBytes) + chunk * (kBlockN * kChunkBytes) +
@@ -192,22 +193,6 @@ struct Loader {
     };
     int key0 = tile.key0 + (tile.key_tiles - 1) * kBlockN;
     KeyAddress next = look_up(key0 + row);
-    // With fp8 a tile is made ready after the next one has been asked for.
-    int waiting = -1;
-    const auto finish = [&](int stage, int key0) {
-      char* place = (kValues ? shared.v : shared.k)[stage];
-      mbarrier_wait(kValues ? &shared.v_landed[stage] : &shared.k_landed[stage],
-                    landed_phases >> stage & 1);
-      landed_phases ^= 1 << stage;
-      if constexpr (S::kFp8) {
-        widen(place, keys.begin - key0, keys.end - key0);
-      } else {
-        clear(place, keys.begin - key0, keys.end - key0);
-      }
-      fence_for_async();
-      __syncwarp();
-      if (lane == 0) mbarrier_arrive(kValues ? &shared.v_full[stage] : &shared.k_full[stage]);
-    };
     for (int left = tile.key_tiles; left > 0; --left, key0 -= kBlockN) {
       const KeyAddress address = next;
       if (left > 1) next = look_up(key0 - kBlockN + row);
@@ -218,61 +203,28 @@ struct Loader {
       const bool unseen = !S::kFp8 && kValues &&
                           ((key0 < keys.begin && (keys.begin & in_box) != 0) ||
                            (key0 + kBlockN > end && (end & in_box) != 0));
-      const bool lands = S::kFp8 || unseen;
       mbarrier_wait(kValues ? &shared.v_empty[stage] : &shared.k_empty[stage], place.phase ^ 1);
-      uint64_t* landed = kValues ? &shared.v_landed[stage] : &shared.k_landed[stage];
-      uint64_t* arrival = lands ? landed : full;
+      uint64_t* arrival = unseen ? &shared.landed : full;
+      if (S::kFp8) arrival = kValues ? &shared.v_landed[stage] : &shared.k_landed[stage];
       if (lane == 0) mbarrier_arrive_expect(arrival, S::kArrivingBytes);
       __syncwarp();
       if (row < kBlockN) {
         tensor_copy((kValues ? shared.v : shared.k)[stage] + offset, map, arrival, 0, address.token,
                     chunk, tile.kv_head, address.block);
       }
-      if (waiting >= 0) finish(waiting, key0 + kBlockN);
-      waiting = S::kFp8 ? stage : -1;
-      if (!S::kFp8 && lands) finish(stage, key0);
+      if (unseen) {
+        mbarrier_wait(&shared.landed, landed_phase);
+        landed_phase ^= 1;
+        for (int r = lane / 8; r < kBlockN * S::kChunks; r += 4) {
+          const int key = key0 + r % kBlockN;
+          if (key >= keys.begin && key < end) continue;
+          *reinterpret_cast<uint4*>(shared.v[stage] + r * kChunkBytes + lane % 8 * 16) = uint4{};
+        }
+        fence_for_async();
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(full);
+      }
       place.advance();
-    }
-    if (waiting >= 0) finish(waiting, tile.key0);
-  }
-
-  // Zeros in place of values that no row sees, which are those of keys below `begin` and from `end`
-  // on, counted from the tile's first.
-  __device__ static void clear(char* place, int begin, int end) {
-    const int lane = threadIdx.x % 32;
-    for (int r = lane / 8; r < kBlockN * S::kChunks; r += 4) {
-      const int key = r % kBlockN;
-      if (key >= begin && key < end) continue;
-      *reinterpret_cast<uint4*>(place + r * kChunkBytes + lane % 8 * 16) = uint4{};
-    }
-  }
-
-  // fp8 in the second half of a place becomes fp16 in all of it, with zeros as above. Rows that are
-  // written lie in front of those that are still to be read.
-  __device__ static void widen(char* place, int begin, int end) {
-    constexpr int kPieces = S::kRowBytes / 16, kRows = 32 / kPieces;  // that the warp has at once
-    int lane = threadIdx.x % 32;
-    recompute(lane);  // registers are short
-    const int piece = lane % kPieces;
-    const char* source = place + (S::kTileBytes - S::kArrivingBytes);
-    // 16 elements become two pieces. Half of the lanes begin with the second, so that no two write
-    // to the same banks.
-    const int chunk = piece / 4, first = 2 * (piece % 4) + (kPieces == 8 ? chunk : 0);
-    const bool swap = first % 2;
-#pragma unroll 2
-    for (int row = lane / kPieces; row < kBlockN; row += kRows) {
-      uint4 bytes = *reinterpret_cast<const uint4*>(source + tile_offset<S::kRowBytes>(row, piece));
-      __syncwarp();
-      if (kValues && (row < begin || row >= end)) bytes = uint4{};
-      char* target = place + (chunk * kBlockN + row) * kChunkBytes;
-      const auto put = [&](int index, uint32_t low, uint32_t high) {
-        uint4 wide;
-        widen_fp8(low, wide.x, wide.y);
-        widen_fp8(high, wide.z, wide.w);
-        *reinterpret_cast<uint4*>(target + ((index ^ row % 8) << 4)) = wide;
-      };
-      put(first, swap ? bytes.z : bytes.x, swap ? bytes.w : bytes.y);
-      put(first ^ 1, swap ? bytes.x : bytes.z, swap ? bytes.y : bytes.w);
     }
   }
 
@@ -288,6 +240,80 @@ struct Loader {
     }
   }
 };
+
+// A warp's rows of fp8 keys or values: from the second half of a place, fp16 to all of it. Values
+// of keys outside of `seen`, counted from the place's first, become zeros.
+template <typename S, bool kValues>
+__device__ void widen(char* place, int warp, KeyRange seen) {
+  constexpr int kRowsOfWarp = kBlockN / 4;
+  constexpr int kPieces = S::kRowBytes / 16, kRows = 32 / kPieces;  // of a load
+  constexpr int kAtOnce = S::kChunks == 1 ? 4 : 2;                  // loads in flight
+  const int lane = threadIdx.x % 32, piece = lane % kPieces;
+  const char* source = place + (S::kTileBytes - S::kArrivingBytes);
+  // 16 elements become two pieces. Half of the lanes begin with the second, so that no two write to
+  // the same banks.
+  const int chunk = piece / 4, first = 2 * (piece % 4) + (kPieces == 8 ? chunk : 0);
+  const bool swap = first % 2, partial = kValues && (seen.begin > 0 || seen.end < kBlockN);
+#pragma unroll 1
+  for (int row0 = warp * kRowsOfWarp; row0 < (warp + 1) * kRowsOfWarp; row0 += kAtOnce * kRows) {
+    uint4 bytes[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int row = lane / kPieces + i * kRows;  // and row0, a multiple of 16
+      bytes[i] = *reinterpret_cast<const uint4*>(source + row0 * S::kRowBytes +
+                                                 tile_offset<S::kRowBytes>(row, piece));
+      if (partial && (row0 + row < seen.begin || row0 + row >= seen.end)) bytes[i] = uint4{};
+    }
+    // Where a place is one chunk, rows that are written lie over other rows that are read.
+    if constexpr (S::kChunks == 1) {
+      static_assert(kRowsOfWarp == kAtOnce * kRows);
+      barrier_sync<128>(kWidening);
+    } else {
+      __syncwarp();
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const unsigned row = lane / kPieces + i * kRows;
+      char* target = place + (chunk * kBlockN + row0 + row) * kChunkBytes;
+      const auto put = [&](int index, uint32_t low, uint32_t high) {
+        uint4 wide;
+        widen_fp8(low, wide.x, wide.y);
+        widen_fp8(high, wide.z, wide.w);
+        *reinterpret_cast<uint4*>(target + ((index ^ row % 8) << 4)) = wide;
+      };
+      put(first, swap ? bytes[i].z : bytes[i].x, swap ? bytes[i].w : bytes[i].y);
+      put(first ^ 1, swap ? bytes[i].x : bytes[i].z, swap ? bytes[i].y : bytes[i].w);
+    }
+  }
+  fence_for_async();
+  __syncwarp();
+}
+
+// The warpgroup that does so with all tiles of the block.
+template <typename S>
+__device__ void widen_all(Shared<S>& shared) {
+  const int warp = threadIdx.x % 128 / 32;
+  const bool leads = threadIdx.x % 32 == 0;
+  Place<S::kStages> place;
+  for (Place<2> tiles;; tiles.advance()) {
+    mbarrier_wait(&shared.tile_full[tiles.index], tiles.phase);
+    const Tile<S::kGroups>& tile = shared.tiles[tiles.index];
+    if (tile.request.index == kEnd) return;
+    const KeyRange keys = tile.keys;
+    int key0 = tile.key0 + (tile.key_tiles - 1) * kBlockN;
+    for (int left = tile.key_tiles; left > 0; --left, key0 -= kBlockN, place.advance()) {
+      const KeyRange seen{keys.begin - key0, keys.end - key0};
+      mbarrier_wait(&shared.k_landed[place.index], place.phase);
+      widen<S, false>(shared.k[place.index], warp, seen);
+      if (leads) mbarrier_arrive(&shared.k_full[place.index]);
+      mbarrier_wait(&shared.v_landed[place.index], place.phase);
+      widen<S, true>(shared.v[place.index], warp, seen);
+      if (leads) mbarrier_arrive(&shared.v_full[place.index]);
+    }
+    __syncwarp();
+    if (leads) mbarrier_arrive(&shared.q_empty[tiles.index]);
+  }
+}
 
 // The two warps that take tiles and bring their queries.
 template <typename T, typename S>
@@ -631,17 +657,19 @@ __global__ void __launch_bounds__(Shape<KV, kHeadDim, kGroups>::kThreads, 1)
     constexpr int kWarps = 4 * kGroups;  // that compute
     for (int i = 0; i < 2; ++i) {
       mbarrier_init(&shared.tile_full[i], 1);
-      mbarrier_init(&shared.q_full[i], 2);            // of the warps that bring queries
-      mbarrier_init(&shared.q_empty[i], kWarps + 2);  // and those of keys and values
+      mbarrier_init(&shared.q_full[i], 2);  // of the warps that bring queries
+      // And those of keys and values, and those that widen them.
+      mbarrier_init(&shared.q_empty[i], kWarps + 2 + (S::kFp8 ? 4 : 0));
     }
     for (int i = 0; i < S::kStages; ++i) {
-      mbarrier_init(&shared.k_full[i], 1);
+      mbarrier_init(&shared.k_full[i], S::kFp8 ? 4 : 1);
       mbarrier_init(&shared.k_empty[i], kWarps);
-      mbarrier_init(&shared.v_full[i], 1);
+      mbarrier_init(&shared.v_full[i], S::kFp8 ? 4 : 1);
       mbarrier_init(&shared.v_empty[i], kWarps);
       mbarrier_init(&shared.k_landed[i], 1);
       mbarrier_init(&shared.v_landed[i], 1);
     }
+    mbarrier_init(&shared.landed, 1);
     mbarrier_fence_init();
   }
   wait_for_previous_kernel();
@@ -657,6 +685,11 @@ __global__ void __launch_bounds__(Shape<KV, kHeadDim, kGroups>::kThreads, 1)
       Loader<S, true>(d, shared).run();
     } else {
       load_queries<T>(d, shared, threadIdx.x - 64);
+    }
+  } else if (S::kFp8 && warpgroup == S::kGroups + 1) {
+    if constexpr (S::kFp8) {
+      give_registers_back<S::kWideningRegisters>();
+      widen_all(shared);
     }
   } else {
     take_registers<S::kComputeRegisters>();
