@@ -118,6 +118,10 @@ class SparseKBackend(AttentionBackend):
         return True
 
     @classmethod
+    def supports_per_head_quant_scales(cls) -> bool:
+        return True
+
+    @classmethod
     def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
         """Why this configuration cannot be served; vLLM shows the reasons and does not start."""
         given = vllm_compat.arguments_of(super().validate_configuration, *args, **kwargs)

@@ -52,7 +52,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
-WORKLOADS = ((1, 1024), (32, 1024), (128, 1024), (16, 16384), (1, 65536), (4, 65536))
+WORKLOADS = {
+    "llama-3.1-8b": ((1, 1024), (32, 1024), (128, 1024), (16, 16384), (1, 65536), (4, 65536)),
+    "llama-3.2-1b": ((1, 65536), (64, 8192), (8, 65536)),
+}
 _KV_BYTES = 38 << 30
 _STEPS = 64
 _REPEATS = 3
@@ -67,16 +70,26 @@ def write_shape(folder: Path, shape: str) -> Path:
 
 def run(
     shape: str,
-    workloads: Sequence[tuple[int, int]] = WORKLOADS,
+    workloads: Sequence[tuple[int, int]] | None = None,
     backends: Sequence[str] = (BACKEND_NAME, "FLASH_ATTN"),
     eager: bool = False,
+    kv_cache_dtype: str = "auto",
 ) -> list[dict[str, Any]]:
     """Milliseconds per output token and seconds of prefill, for each backend and workload."""
     results = []
+    workloads = workloads or WORKLOADS[shape]
+    settings = {
+        "max_num_seqs": max(batch for batch, _ in workloads),
+        "enforce_eager": eager,
+        "kv_cache_dtype": kv_cache_dtype,
+    }
+    if not eager:
+        sizes = sorted({batch for batch, _ in workloads})
+        settings["compilation_config"] = {"cudagraph_capture_sizes": sizes}
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         write_shape(folder, shape)
-        engines = {b: stack.enter_context(_engine(folder, b, eager)) for b in backends}
+        engines = {b: stack.enter_context(_engine(folder, b, settings)) for b in backends}
         for backend, engine in engines.items():
             print(f"{backend}: ready after {engine.read()['seconds']:.0f} s", flush=True)
         for batch, context in workloads:
@@ -90,6 +103,7 @@ def run(
             results.append(
                 {
                     "shape": shape,
+                    "kv_cache_dtype": kv_cache_dtype,
                     "batch": batch,
                     "context": context,
                     "ms_per_token": {b: statistics.median(own) for b, own in steps.items()},
@@ -109,7 +123,8 @@ def _line(result: dict[str, Any]) -> str:
     shown = ", ".join(f"{b} {t:.3f}" for b, t in times.items())
     ratio = f", ours / FLASH_ATTN {ours / peer:.3f}" if peer else ""
     prefill = ", ".join(f"{b} {t:.2f}" for b, t in result["prefill_s"].items())
-    name = f"{result['shape']} {result['batch']} x {result['context']}"
+    cache = "" if result["kv_cache_dtype"] == "auto" else f" {result['kv_cache_dtype']}"
+    name = f"{result['shape']}{cache} {result['batch']} x {result['context']}"
     return f"{name}: ms a token {shown}{ratio}; prefill s {prefill}"
 
 
@@ -139,10 +154,10 @@ class _Engine:
 
 
 @contextlib.contextmanager
-def _engine(folder: Path, backend: str, eager: bool) -> Iterator[_Engine]:
+def _engine(folder: Path, backend: str, settings: dict[str, Any]) -> Iterator[_Engine]:
     command = [sys.executable, "-m", "sparsek_vllm.bench.serving", str(folder), backend]
     process = subprocess.Popen(
-        [*command, str(int(eager))],
+        [*command, json.dumps(settings)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -158,7 +173,7 @@ def _engine(folder: Path, backend: str, eager: bool) -> Iterator[_Engine]:
         process.kill()
 
 
-def _serve(folder: str, backend: str, eager: str) -> None:
+def _serve(folder: str, backend: str, settings: str) -> None:
     """The engine's process: requests as JSON lines on stdin, answers on what stdout was."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # vLLM prints
@@ -166,21 +181,18 @@ def _serve(folder: str, backend: str, eager: str) -> None:
     from vllm import LLM, SamplingParams
 
     started = time.perf_counter()
-    sizes = sorted({batch for batch, _ in WORKLOADS})
     llm = LLM(
         folder,
         attention_config={"backend": backend},
         load_format="dummy",
         skip_tokenizer_init=True,
         max_model_len=66560,
-        max_num_seqs=max(sizes),
         # Told, not measured: the other engine takes memory meanwhile.
         kv_cache_memory_bytes=_KV_BYTES,
         gpu_memory_utilization=0.1,  # that must be free at the start
-        enforce_eager=bool(int(eager)),
-        compilation_config={} if int(eager) else {"cudagraph_capture_sizes": sizes},
         worker_extension_cls="sparsek_vllm.backends.vllm_worker.StatsExtension",
         seed=0,
+        **json.loads(settings),
     )
 
     def answer(**what: Any) -> None:

@@ -37,17 +37,19 @@ def tokens(llm, prompts):
     parameters = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, logprobs=2)
     answers = []
     for result in llm.generate(prompts, parameters, use_tqdm=False):
-        gaps = []
-        for top in result.outputs[0].logprobs:
+        gaps, own = [], []
+        for token, top in zip(result.outputs[0].token_ids, result.outputs[0].logprobs):
             best = sorted((entry.logprob for entry in top.values()), reverse=True)
             gaps.append(best[0] - best[1])
-        answers.append([list(result.outputs[0].token_ids), gaps])
+            own.append(top[token].logprob)
+        answers.append([list(result.outputs[0].token_ids), gaps, own])
     return answers
 
 if __name__ == "__main__":
     model, settings, prompts, action = sys.argv[1], *map(json.loads, sys.argv[2:])
+    backend = settings.pop("backend", "SPARSEK_XFORMERS")
     llm = LLM(model, dtype="float16", max_model_len=1024, gpu_memory_utilization=0.1,
-              attention_config={"backend": "SPARSEK_XFORMERS"}, seed=0,
+              attention_config={"backend": backend}, seed=0,
               worker_extension_cls="sparsek_vllm.backends.vllm_worker.StatsExtension", **settings)
     answers = tokens(llm, prompts)
     if action == "sleep":
@@ -74,7 +76,8 @@ def run(model: Path, settings: dict[str, Any], action: str = "", **environment: 
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
     assert lines, done.stdout[-3000:] + done.stderr[-6000:]
     result = json.loads(lines[0].removeprefix("RESULT"))
-    assert set(result["paths"]) == {f"varlen_attention:{PATH}", f"write_kv:{PATH}"}
+    if "backend" not in settings:
+        assert set(result["paths"]) == {f"varlen_attention:{PATH}", f"write_kv:{PATH}"}
     return result["answers"]
 
 
@@ -118,9 +121,31 @@ def test_tokens_stay_the_same(name: str, plain: Any, model: Path) -> None:
     settings, action, environment = CONFIGURATIONS[name]
     settings = json.loads(json.dumps(settings).replace('"MODEL"', json.dumps(str(model))))
     answers = run(model, settings, action, **environment)
-    for (tokens, _), (expected, gaps) in zip(answers, plain, strict=True):
+    for (tokens, _, _), (expected, gaps, _) in zip(answers, plain, strict=True):
         split = next((i for i, t in enumerate(tokens) if t != expected[i]), None)
         assert split is None or gaps[split] < NEAR, (split, gaps[split])
+
+
+def test_fp8_cache(plain: Any, model: Path) -> None:
+    """No further from the plain run than FLASH_ATTN, which rounds queries and weights too."""
+
+    def distance(**settings: Any) -> float:
+        differences = []
+        for answer, expected in zip(run(model, {**LIGHT, **settings}), plain, strict=True):
+            for token, other, ours, theirs in zip(
+                answer[0], expected[0], answer[2], expected[2], strict=True
+            ):
+                if token != other:
+                    break
+                differences.append(abs(ours - theirs))
+        assert len(differences) > 100
+        return sum(differences) / len(differences)
+
+    ours = distance(kv_cache_dtype="fp8")
+    chunks = distance(kv_cache_dtype="fp8", max_num_batched_tokens=128, max_num_seqs=16)
+    theirs = distance(kv_cache_dtype="fp8", backend="FLASH_ATTN")
+    print(f"mean difference of logprobs: {ours:.4f}, in chunks {chunks:.4f}, theirs {theirs:.4f}")
+    assert ours < 1.1 * theirs and chunks < 1.1 * theirs
 
 
 def test_embeddings_of_an_encoder(model: Path, tmp_path: Path) -> None:
