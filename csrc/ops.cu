@@ -12,6 +12,8 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <type_traits>
+#include <utility>
 
 #include "params.h"
 #include "portable/portable.h"
@@ -135,19 +137,28 @@ std::pair<const float*, int> scales(const OptionalTensor& tensor) {
   return {static_cast<const float*>(tensor->data_ptr()), static_cast<int>(step)};
 }
 
+// As in sparsek_vllm/build; tests compile fewer.
+#ifndef SPARSEK_HEAD_DIMS
+#define SPARSEK_HEAD_DIMS 64, 80, 96, 112, 128, 192, 256
+#endif
+using HeadDims = std::integer_sequence<int, SPARSEK_HEAD_DIMS>;
+
+// Calls f with the size as a type, if it is one of those.
+template <int... kSizes, typename F>
+bool with_size(int64_t size, std::integer_sequence<int, kSizes...>, F f) {
+  return ((size == kSizes && (f(std::integral_constant<int, kSizes>{}), true)) || ...);
+}
+
 // Calls f<T, KV, head_dim>, for the types and sizes that attention is compiled for.
 template <typename F>
 void for_types_and_size(ScalarType type, bool fp8, int64_t head_dim, F f) {
-  check(head_dim == 64 || head_dim == 128,
-        "head_dim must be 64 or 128 on CUDA, got " + std::to_string(head_dim));
   const auto with_types = [&](auto zero, auto kv_zero) {
     using T = decltype(zero);
     using KV = decltype(kv_zero);
-    if (head_dim == 64) {
-      f.template operator()<T, KV, 64>();
-    } else {
-      f.template operator()<T, KV, 128>();
-    }
+    const bool known = with_size(head_dim, HeadDims{}, [&](auto size) {
+      f.template operator()<T, KV, decltype(size)::value>();
+    });
+    check(known, "head_dim has no kernel: " + std::to_string(head_dim));
   };
   const auto with_type = [&](auto zero) {
     if (fp8) {
@@ -173,13 +184,15 @@ struct LaunchAttention {
   template <typename T, typename KV, int kHeadDim>
   void operator()() const {
 #ifdef SPARSEK_SM90
-    if (hopper && sm90::has_tensor_map(p.k, p.kv_heads) && sm90::has_tensor_map(p.v, p.kv_heads)) {
-      const bool plain = p.softcap <= 0 && !p.bias;
-      if (with_prefill && plain) check(sm90::prefill<T, KV, kHeadDim>(p, stream));
-      if (with_prefill && !plain) check(portable::prefill<T, KV, kHeadDim>(p, stream));
-      if (with_decode) check(sm90::decode<T, KV, kHeadDim>(p, stream));
-      return;
-    }
+    if constexpr (sm90::has_head_dim(kHeadDim))
+      if (hopper && sm90::has_tensor_map(p.k, p.kv_heads) &&
+          sm90::has_tensor_map(p.v, p.kv_heads)) {
+        const bool plain = p.softcap <= 0 && !p.bias;
+        if (with_prefill && plain) check(sm90::prefill<T, KV, kHeadDim>(p, stream));
+        if (with_prefill && !plain) check(portable::prefill<T, KV, kHeadDim>(p, stream));
+        if (with_decode) check(sm90::decode<T, KV, kHeadDim>(p, stream));
+        return;
+      }
 #endif
     if (with_prefill) check(portable::prefill<T, KV, kHeadDim>(p, stream));
     if (with_decode) check(portable::decode<T, KV, kHeadDim>(p, stream));

@@ -29,11 +29,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "sets",
         nargs="*",
         metavar="SET",
-        help="decode, uneven, multi-query, prefill, paged-prefill, mixed, small, floor, serve "
-        "(default: all; floor on Hopper alone)",
+        help="decode, uneven, multi-query, fp8, prefill, paged-prefill, fp8-prefill, mixed, small, "
+        "floor, serve (default: all; floor on Hopper alone)",
     )
     bench.add_argument("--warm", action="store_true", help="inputs stay in the L2 cache")
     bench.add_argument("--shape", default="llama-3.1-8b", help="model shape of the serve set")
+    bench.add_argument(
+        "--kv-cache-dtype", default="auto", choices=("auto", "fp8"), help="of the serve set"
+    )
     bench.add_argument("--json", metavar="FILE", help="write everything measured there")
     bench.add_argument("--plots", metavar="FOLDER", help="draw a picture for each set there")
     options = parser.parse_args(argv)
@@ -86,7 +89,9 @@ def _bench(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     floors = floor.run(get_default_config().build_path()) if "floor" in chosen else None
     if floors:
         print(floor.table(floors) + "\n", flush=True)
-    served = serving.run(options.shape) if "serve" in chosen else None
+    served = None
+    if "serve" in chosen:
+        served = serving.run(options.shape, kv_cache_dtype=options.kv_cache_dtype)
     if options.json:
         Path(options.json).write_text(report.as_json(environment, measured, floors, served))
     if options.plots:

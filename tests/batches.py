@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import dense_oracle
+import target
 import torch
-from target import DEVICE, PATH
+from target import DEVICE
 
 from sparsek_vllm.core import (
     DenseKV,
@@ -121,7 +122,8 @@ class Batch:
         ]
         return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts], 1)
 
-    def check(self, path: str = PATH, **options) -> None:
+    def check(self, path: str | None = None, **options) -> None:
+        path = path or target.path(self.head_dim)
         expected, expected_lse = self.expected(**options)
         for kv in (self.kv, *([] if self.fp8 else [self.dense()])):
             reset_path_counts()

@@ -25,6 +25,7 @@ from sparsek_vllm.core import get_default_config, kernels, ops
 HERE = Path(__file__).resolve().parent / "emulator"
 NAMESPACE = "sparsek_emulated"
 MULTIPROCESSORS = 5
+HEAD_DIMS = (64, 80, 128, 256)  # as many as there are ways to lay out a row
 
 
 def _translate(text: str) -> str:
@@ -53,6 +54,7 @@ def _compile(folder: Path) -> Path:
     flags += [f"-I{sources}", f"-I{include}", f"-I{tools.torch}/include", "-DUSE_CUDA"]
     flags += [f"-DTORCH_TARGET_VERSION={build.TORCH_TARGET}", f"-DSPARSEK_NAMESPACE={NAMESPACE}"]
     flags += [f"-DEMULATED_MULTIPROCESSORS={MULTIPROCESSORS}"]
+    flags += [f"-DSPARSEK_HEAD_DIMS={','.join(map(str, HEAD_DIMS))}"]
 
     def run(part: build.Object) -> str:
         output = folder / f"{part.name}.o"
@@ -63,7 +65,7 @@ def _compile(folder: Path) -> Path:
 
     with ThreadPoolExecutor(2) as pool:
         runtime = build.Object("runtime", "common/runtime.cpp", [], ())
-        parts = build.objects(kernels.variant(get_default_config()), ["90"])
+        parts = build.objects(kernels.variant(get_default_config()), ["90"], HEAD_DIMS)
         objects = list(pool.map(run, [*parts, runtime]))
     library = folder / "emulated.so"
     link = [f"-L{tools.torch}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
@@ -89,7 +91,7 @@ def emulated_kernels() -> Iterator[None]:
     space = torch.zeros(floats)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "ops", lambda device: getattr(torch.ops, NAMESPACE))
-        patch.setattr(kernels, "path_for", lambda device: "emulated")
+        patch.setattr(kernels, "path_for", lambda device, head_dim=128: "emulated")
         patch.setattr(kernels, "workspace", lambda device: space)
         yield
     assert not space[: 2 * MULTIPROCESSORS + 4].view(torch.int32).any(), "arrivals are left behind"

@@ -13,6 +13,13 @@ import torch
 NAME = os.environ.get("SPARSEK_TEST_DEVICE", "cpu")
 _ON_CUDA = "portable" if os.environ.get("BSK_KERNELS") == "portable" else "hopper"
 PATH = {"cpu": "reference", "cuda": _ON_CUDA, "emulated": "emulated"}[NAME]
+
+
+def path(head_dim: int) -> str:
+    """Of attention over heads of that size."""
+    return "portable" if NAME == "cuda" and head_dim not in (64, 128) else PATH
+
+
 DEVICE = torch.device("cuda" if NAME == "cuda" else "cpu")
 # Whether the kernels are tested, which take less than the reference.
 KERNELS = NAME != "cpu"

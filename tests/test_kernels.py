@@ -67,6 +67,19 @@ OPTIONS = [
 ]
 
 
+# Beside 64 and 128, which the rest is about.
+OTHER_HEAD_DIMS = [80, 96, 112, 192, 256] if ON_GPU else [80, 256]
+
+
+@FP8
+@pytest.mark.parametrize("head_dim", OTHER_HEAD_DIMS)
+@pytest.mark.parametrize("options", [{}, {"window": (100, 30), "causal": False}, {"softcap": 20.0}])
+def test_other_head_dims(options: dict, head_dim: int, fp8: bool) -> None:
+    lengths = [(1, 777), (0, 9), (4, 200), (1, 0), (130, 130), (70, 600), (5, 1500)]
+    for dtype in (torch.float16, torch.bfloat16):
+        Batch(lengths, 2, 4, head_dim, dtype, 48, "hnd", fp8=fp8).check(**options)
+
+
 @FP8
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -97,7 +110,7 @@ def test_random_batches() -> None:
             lengths,
             pick.choice([1, 2, 3, 8]) if len(lengths) < 100 else 1,
             pick.choice([1, 2, 3, 4, 5, 6, 7, 8, 16]),
-            pick.choice([64, 128]),
+            pick.choice([64, 128, 64, 128, *OTHER_HEAD_DIMS]),
             pick.choice([torch.float16, torch.bfloat16]),
             pick.choice([16, 32, 48, 64, 128]),
             pick.choice(["nhd", "hnd"]),

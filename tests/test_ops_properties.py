@@ -35,7 +35,7 @@ pytestmark = pytest.mark.on_kernels
 # What the kernels are compiled for, and everything that the reference takes.
 FLOATS = (torch.float16, torch.bfloat16) + (() if target.KERNELS else (torch.float32,))
 WIDEST = torch.float16 if target.KERNELS else torch.float32
-HEAD_DIMS = (64, 128) if target.KERNELS else (64, 128, 64, 128, 32, 80, 256)
+HEAD_DIMS = (64, 128, 64, 128, 80, 256) + (() if target.KERNELS else (32,))
 FP8 = (torch.float8_e4m3fn,) + (() if target.KERNELS else (torch.float8_e5m2,))
 PAGE_SIZES = (16, 32, 48, 64, 128, 256) if target.KERNELS else (1, 2, 16, 17, 32, 64, 128, 256)
 LAYOUTS = ("nhd", "hnd", "padded", "odd_ones", "packed_nhd", "packed_hnd", "two_plane")
@@ -67,12 +67,12 @@ def examples(count: int) -> settings:
 
 
 @contextmanager
-def on_path(op: str, device: torch.device):
+def on_path(op: str, device: torch.device, head_dim: int = 128):
     """Exactly one path served ``op`` meanwhile, and it was the one for ``device``."""
     reset_path_counts()
     yield
     paths = [key.split(":")[1] for key in path_counts() if key.startswith(f"{op}:")]
-    assert paths == [target.PATH]
+    assert paths == [target.path(head_dim)]
 
 
 # What a case is
@@ -312,7 +312,7 @@ def check(inputs: Inputs, kv: PagedKV | DenseKV, k=None, v=None) -> None:
     buffer = nan_filled(*shape, dtype=case.dtype, device=inputs.device)
     out = buffer[:, :-1, :-16]
     lse = nan_filled(case.heads, shape[0], dtype=torch.float32, device=inputs.device)
-    with on_path("varlen_attention", inputs.device):
+    with on_path("varlen_attention", inputs.device, case.head_dim):
         results = inputs.call(kv, out=out, lse=lse)
     assert results[0] is out and results[1] is lse
     expected, expected_lse = inputs.expected(k or inputs.k, v or inputs.v)
@@ -433,7 +433,7 @@ def test_two_calls_agree_bit_for_bit(case, device):
     inputs = Inputs(case, device)
     kv = inputs.paged()
     total = inputs.bounds[-1]
-    with on_path("varlen_attention", device):
+    with on_path("varlen_attention", device, case.head_dim):
         first, second = inputs.call(kv), inputs.call(kv)
     assert_same_bits(first[0][:total], second[0][:total])
     assert_same_bits(first[1][:, :total], second[1][:, :total])
@@ -451,7 +451,7 @@ def test_request_is_the_same_alone_and_in_a_batch(case, paged, data, device):
     names += ["starts"] if kv.starts is not None else []
     own = {name: getattr(kv, name)[b : b + 1] for name in names}
     alone = replace(kv, **own)
-    with on_path("varlen_attention", device):
+    with on_path("varlen_attention", device, case.head_dim):
         out, lse = inputs.call(kv)
         inputs.q = inputs.q[rows]
         inputs.cu_seqlens_q = torch.tensor([0, rows.stop - rows.start]).int().to(device)
@@ -471,7 +471,7 @@ def test_returns_and_given_maxima(case, device):
     assert out.dtype == case.dtype and out.shape == inputs.q.shape
     assert lse.dtype == torch.float32 and lse.shape == (case.heads, inputs.bounds[-1])
     given_lse = torch.full_like(lse, torch.nan)
-    with on_path("varlen_attention", device):
+    with on_path("varlen_attention", device, case.head_dim):
         only_out = inputs.call(
             kv, return_lse=False, lse=given_lse, max_seqlen_q=rows, max_seqlen_k=keys
         )
@@ -611,7 +611,7 @@ def test_write_then_attend(fp8, device):
         t = torch.arange(keys)
         slots = table[b].long()[t // 16] * 16 + t % 16
         write_kv(inputs.k[b].to(device), inputs.v[b].to(device), k, v, slots.to(device), *scales)
-    with on_path("varlen_attention", device):
+    with on_path("varlen_attention", device, case.head_dim):
         out, _ = inputs.call(PagedKV(k, v, table.to(device), inputs.seq_lens, *scales))
     # Values around 1 rounded to 3 or 2 bits; scales mixed up would be off by 2 or more.
     assert_near(out, inputs.expected(inputs.k, inputs.v)[0], 0.3 if fp8 else OUT_TOLERANCE[WIDEST])
@@ -750,7 +750,7 @@ def test_attention_of_equal_lengths(shape, layout, device):
     elif layout == "neither":
         space = nan_filled(batch, heads, rows + 1, head_dim, dtype=WIDEST, device=device)
         given[1] = space[:, :, :rows].copy_(given[1])
-    with on_path("attention", device):
+    with on_path("attention", device, head_dim):
         out = attention(*given, 0.1)
     assert out.shape == shape
     assert_near(out, expected, OUT_TOLERANCE[WIDEST])

@@ -17,6 +17,7 @@ from vllm.v1.attention.selector import AttentionSelectorConfig
 from sparsek_vllm.backends.vllm import SparseKBackend, SparseKImpl
 from sparsek_vllm.backends.vllm_compat import backend_member
 
+SIZES = "64, 80, 96, 112, 128, 192, 256"
 PREFIX = "SPARSEK_XFORMERS cannot serve this configuration: "
 
 
@@ -33,6 +34,7 @@ def select(**changes: Any) -> str:
         {"head_size": 128, "dtype": torch.float16, "block_size": None},
         {"dtype": torch.float32, "has_sliding_window": True, "has_sink": True},
         {"kv_cache_dtype": "fp8", "block_size": 256},
+        {"kv_cache_dtype": "fp8", "use_per_head_quant_scales": True, "head_size": 256},
         {"attn_type": "encoder_only"},
     ],
 )
@@ -43,7 +45,7 @@ def test_accepted(changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"head_size": 96}, "head_size 96 not supported (allowed: 64, 128)"),
+        ({"head_size": 72}, f"head_size 72 not supported (allowed: {SIZES})"),
         (
             {"dtype": torch.float64},
             "dtype torch.float64 not supported "
@@ -68,8 +70,8 @@ def test_accepted(changes: dict[str, Any]) -> None:
         ({"use_non_causal": True}, "non-causal attention not supported"),
         ({"use_batch_invariant": True}, "batch invariance not supported"),
         (
-            {"head_size": 96, "block_size": 8},
-            "head_size 96 not supported (allowed: 64, 128); "
+            {"head_size": 72, "block_size": 8},
+            f"head_size 72 not supported (allowed: {SIZES}); "
             "block_size 8 not supported (allowed: multiples of 16)",
         ),
     ],
@@ -146,7 +148,7 @@ ALIBI = {
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (HEAD_SIZE_32, PREFIX + "head_size 32 not supported (allowed: 64, 128)"),
+        (HEAD_SIZE_32, PREFIX + f"head_size 32 not supported (allowed: {SIZES})"),
         (ALIBI, "SPARSEK_XFORMERS does not support ALiBi (alibi_slopes)"),
     ],
     ids=["head_size", "alibi"],

@@ -26,12 +26,18 @@ __device__ inline float load_float(const void* data, Float type, int64_t index) 
   }
 }
 
+// From one row of so many bytes to the next in shared memory: a power of two.
+__host__ __device__ constexpr int row_pitch(int bytes) {
+  int pitch = 64;
+  while (pitch < bytes) pitch *= 2;
+  return pitch;
+}
 // Where a piece of 16 bytes of a row lies in a tile in shared memory: eight rows' pieces of the
 // same index, which ldmatrix reads together, are in eight different groups of banks.
 template <int kRowBytes>
 __device__ inline uint32_t tile_offset(int row, int piece) {
-  const uint32_t offset = row * kRowBytes + piece * 16;
-  return offset ^ (kRowBytes < 128 ? offset >> 3 & 0x30 : (row & 7) << 4);
+  const uint32_t offset = row * row_pitch(kRowBytes) + piece * 16;
+  return offset ^ (row_pitch(kRowBytes) < 128 ? offset >> 3 & 0x30 : (row & 7) << 4);
 }
 
 struct KeyRange {

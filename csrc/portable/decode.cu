@@ -10,33 +10,45 @@
 namespace sparsek::portable {
 namespace {
 
-constexpr int kWarps = 4, kThreads = 32 * kWarps;
 constexpr int kRows = kDecodeRows, kGroupKeys = 16;
-constexpr int kRingBytes = 24 * 1024;  // a warp
-constexpr int kUnitKeys = kGroupKeys * kWarps;
+constexpr int kBlockBytes = 96 * 1024;  // rings of all warps
+
+// Fewer warps where rows are long: each needs two stages at least.
+template <int kHeadDim>
+struct Shape {
+  static constexpr int kWarps = kHeadDim > 128 ? 2 : 4, kThreads = 32 * kWarps;
+  static constexpr int kRingBytes = kBlockBytes / kWarps, kUnitKeys = kGroupKeys * kWarps;
+};
 
 template <typename T, typename KV, int kHeadDim, bool kGeneral>
-__global__ void __launch_bounds__(kThreads, kDecodeBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(Shape<kHeadDim>::kThreads, kDecodeBlocksPerMultiprocessor)
     decode_kernel(const __grid_constant__ AttentionParams p) {
   using M = Operand<T, KV>;
   constexpr bool kFp8 = sizeof(KV) == 1;
-  constexpr int kSteps = kHeadDim / 16, kElements = 16 / sizeof(KV);  // of a piece of 16 bytes
-  constexpr int kRowBytes = sizeof(KV) * kHeadDim, kPieces = kRowBytes / 16;
-  constexpr uint32_t kGroupBytes = kGroupKeys * kRowBytes;
+  using Row = portable::Row<KV, kHeadDim>;
+  using S = Shape<kHeadDim>;
+  constexpr int kWarps = S::kWarps, kThreads = S::kThreads, kUnitKeys = S::kUnitKeys;
+  constexpr int kRingBytes = S::kRingBytes, kSteps = kHeadDim / 16;
+  constexpr uint32_t kGroupBytes = kGroupKeys * Row::kPitch;
   constexpr int kStages = kRingBytes / (2 * kGroupBytes);
+  static_assert(kStages >= 2);
 
   extern __shared__ __align__(1024) char shared[];
   __shared__ float row_maxima[kWarps][kRows], row_sums[kWarps][kRows];
+  __shared__ Segment segments[kWarps];
 
-  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  const int thread = threadIdx.x, warp = thread / 32;
+  int lane = thread % 32;
   using OwnShare = Share<kThreads, kRows, kUnitKeys, kGroupKeys, false>;
   __shared__ typename OwnShare::Scratch scratch;
   OwnShare share(p, scratch);
   if (share.empty()) return;
 
   const uint32_t ring = shared_address(shared) + warp * kRingBytes;
-  const uint32_t k_lane = tile_offset<kRowBytes>(lane / 16 * 8 + lane % 8, lane / 8 % 2);
-  const uint32_t v_lane = kGroupBytes + tile_offset<kRowBytes>(lane % 16, lane / 16);
+  const auto k_lane = [&] {
+    return tile_offset<Row::kBytes>(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+  };
+  const auto v_lane = [&] { return kGroupBytes + tile_offset<Row::kBytes>(lane % 16, lane / 16); };
 
   for (Segment segment; share.next(p, segment);) {
     const Request request(p, segment.request);
@@ -47,7 +59,6 @@ __global__ void __launch_bounds__(kThreads, kDecodeBlocksPerMultiprocessor)
     // This thread's rows, lane / 4 and 8 below it, and what they see.
     const int rows_of[2] = {row0 + min(lane / 4, rows - 1), row0 + min(lane / 4 + 8, rows - 1)};
     const int queries[2] = {p.group_divisor(rows_of[0]), p.group_divisor(rows_of[1])};
-    const KeyRange visible[2] = {request.keys(p, queries[0]), request.keys(p, queries[1])};
     const KeyRange common{request.keys(p, p.group_divisor(row0 + rows - 1)).begin,
                           request.keys(p, p.group_divisor(row0)).end};
 
@@ -78,63 +89,75 @@ __global__ void __launch_bounds__(kThreads, kDecodeBlocksPerMultiprocessor)
     float out[kHeadDim / 8][4] = {};
     float row_max[2] = {-INFINITY, -INFINITY}, row_sum[2] = {0, 0};
 
+    // What is needed for masks and at the end waits in shared memory: registers are short.
+    if (lane == 0) segments[warp] = segment;
+    __syncwarp();
+
     // This warp's groups of 16 keys: one in each unit. The look-up of a group's page is made one
     // group ahead of its copy.
     const int own_begin = key0 + warp * kGroupKeys;
     KeyAddress next;
-    int next_key = own_begin;
-    if (next_key < key1) next = KeyAddress(p, segment.request, next_key);
-    const auto copy_next = [&](int stage) {
-      if (next_key < key1) {
+    if (own_begin < key1) next = KeyAddress(p, segment.request, own_begin);
+    const auto copy = [&](int stage, int first) {
+      if (first < key1) {
         const uint32_t k_group = ring + stage * 2 * kGroupBytes;
-        const KV* k = next.at<KV>(p.k, kv_head) + lane % kPieces * kElements;
-        const KV* v = next.at<KV>(p.v, kv_head) + lane % kPieces * kElements;
-#pragma unroll
-        for (int i = 0; i < kGroupKeys; i += 32 / kPieces) {
-          const int row = i + lane / kPieces, key = next_key + row;
+        const int piece = lane % Row::kLanes;
+        const KV* k = next.template at<KV>(p.k, kv_head) + piece * Row::kElements;
+        const KV* v = next.template at<KV>(p.v, kv_head) + piece * Row::kElements;
+#pragma unroll 4
+        for (int i = 0; i < kGroupKeys; i += 32 / Row::kLanes) {
+          if (piece >= Row::kPieces) break;
+          const int row = i + lane / Row::kLanes, key = first + row;
           const bool valid = key >= keys.begin && key < keys.end;
-          const uint32_t destination = k_group + tile_offset<kRowBytes>(row, lane % kPieces);
+          const uint32_t destination = k_group + tile_offset<Row::kBytes>(row, piece);
           copy_async_16(destination, k + row * p.k.stride_token, valid);
           copy_async_16(destination + kGroupBytes, v + row * p.v.stride_token, valid);
         }
-        next_key += kUnitKeys;
-        if (next_key < key1) next = KeyAddress(p, segment.request, next_key);
+        const int ahead = first + kUnitKeys;
+        if (ahead < key1) next = KeyAddress(p, segments[warp].request, ahead);
       }
       copy_async_commit();
     };
 
 #pragma unroll
-    for (int s = 0; s < kStages - 1; ++s) copy_next(s);
+    for (int s = 0; s < kStages - 1; ++s) copy(s, own_begin + s * kUnitKeys);
     int stage = 0;
     for (int key = own_begin; key < key1; key += kUnitKeys) {
+      if (kHeadDim > 128) recompute(lane);
       copy_async_wait<kStages - 2>();
       __syncwarp();  // the group is here, and all lanes are done with the one before
-      copy_next(stage == 0 ? kStages - 1 : stage - 1);
+      copy(stage == 0 ? kStages - 1 : stage - 1, key + (kStages - 1) * kUnitKeys);
       const uint32_t group = ring + stage * 2 * kGroupBytes;
       stage = stage == kStages - 1 ? 0 : stage + 1;
 
       float scores[2][4] = {};
 #pragma unroll
-      for (int load = 0; load < kRowBytes / 32; ++load) {
+      for (int load = 0; load < Row::kLoads; ++load) {
         uint32_t k[4];
-        load_matrices(k, (group + k_lane) ^ (load << 5));
-        multiply_keys<M, KV>(scores[0], &q[load * (kFp8 ? 2 : 1)], k[0], k[1]);
-        multiply_keys<M, KV>(scores[1], &q[load * (kFp8 ? 2 : 1)], k[2], k[3]);
+        load_matrices(k, (group + k_lane()) ^ (load << 5));
+        const auto* own_q = &q[load * (kFp8 ? 2 : 1)];
+        multiply_keys<M, KV>(scores[0], own_q, k[0], k[1], Row::whole(load));
+        multiply_keys<M, KV>(scores[1], own_q, k[2], k[3], Row::whole(load));
       }
       if (kGeneral || key < common.begin || key + kGroupKeys > common.end) {
+        const Segment& own_segment = segments[warp];
+        const Request own(p, own_segment.request);
 #pragma unroll
-        for (int n = 0; n < 2; ++n) {
+        for (int h = 0; h < 2; ++h) {
+          const int r = own_segment.row0 + min(lane / 4 + 8 * h, own_segment.rows - 1);
+          const int query = p.group_divisor(r);
+          const KeyRange visible = own.keys(p, query);
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const int h = i / 2, column = key + 8 * n + 2 * (lane % 4) + i % 2;
-            const bool sees = column >= visible[h].begin && column < visible[h].end;
+            const int column = key + 8 * (i / 2) + 2 * (lane % 4) + i % 2;
+            const bool sees = column >= visible.begin && column < visible.end;
+            float& score = scores[i / 2][2 * h + i % 2];
             if (kGeneral) {
-              const int head = kv_head * p.group + rows_of[h] - queries[h] * p.group;
-              scores[n][i] = adjust_score(p, scores[n][i] * score_factor, request, head, queries[h],
-                                          column, sees);
+              const int head = kv_head * p.group + r - query * p.group;
+              score = adjust_score(p, score * score_factor, own, head, query, column, sees);
             }
             // By selection: adding -inf would keep a NaN.
-            if (!sees) scores[n][i] = -INFINITY;
+            if (!sees) score = -INFINITY;
           }
         }
       }
@@ -179,14 +202,15 @@ __global__ void __launch_bounds__(kThreads, kDecodeBlocksPerMultiprocessor)
           pack<M>(scores[0][0], scores[0][1]), pack<M>(scores[0][2], scores[0][3]),
           pack<M>(scores[1][0], scores[1][1]), pack<M>(scores[1][2], scores[1][3])};
 #pragma unroll
-      for (int load = 0; load < kRowBytes / 32; ++load) {
+      for (int load = 0; load < Row::kLoads; ++load) {
         uint32_t v[4];
-        load_matrices_transposed(v, (group + v_lane) ^ (load << 5));
-        multiply_values<M, KV>(&out[load * (kFp8 ? 4 : 2)], weights, v);
+        load_matrices_transposed(v, (group + v_lane()) ^ (load << 5));
+        multiply_values<M, KV>(&out[load * (kFp8 ? 4 : 2)], weights, v, Row::whole(load));
       }
     }
     copy_async_wait<0>();
     __syncwarp();
+    segment = segments[warp];
 
     // The warps' parts meet in shared memory, in the rings, which are empty now.
     float* own_part = reinterpret_cast<float*>(shared + warp * kRingBytes);
@@ -199,7 +223,7 @@ __global__ void __launch_bounds__(kThreads, kDecodeBlocksPerMultiprocessor)
         row_maxima[warp][row] = row_max[h];
         row_sums[warp][row] = row_sum[h];
       }
-      if (row < rows) {
+      if (row < segment.rows) {
 #pragma unroll
         for (int n = 0; n < kHeadDim / 8; ++n) {
           const OutputPair<KV> pair(out, n, h);
@@ -211,7 +235,7 @@ __global__ void __launch_bounds__(kThreads, kDecodeBlocksPerMultiprocessor)
     __syncthreads();
 
     const Finish<T, kHeadDim, kRows, kGeneral> finish{p, segment, share.size, exponent_scale};
-    for (int i = 4 * thread; i < rows * kHeadDim; i += 4 * kThreads) {
+    for (int i = 4 * thread; i < segment.rows * kHeadDim; i += 4 * kThreads) {
       const int row = i / kHeadDim, column = i % kHeadDim;
       float peak = -INFINITY, sum = 0;
       float4 value = {};
@@ -235,7 +259,7 @@ __global__ void __launch_bounds__(kThreads, kDecodeBlocksPerMultiprocessor)
 template <typename T, typename KV, int kHeadDim, bool kGeneral>
 cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
   auto kernel = decode_kernel<T, KV, kHeadDim, kGeneral>;
-  constexpr int bytes = kWarps * kRingBytes;
+  constexpr int bytes = kBlockBytes;
   cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
@@ -243,7 +267,7 @@ cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
   // All of them can hold a part of the same rows, whose weights and sums go to shared memory.
   if (scratch_floats(kRows, blocks) * static_cast<int>(sizeof(float)) > bytes)
     return cudaErrorInvalidConfiguration;
-  kernel<<<blocks, kThreads, bytes, stream>>>(p);
+  kernel<<<blocks, Shape<kHeadDim>::kThreads, bytes, stream>>>(p);
   return cudaGetLastError();
 }
 

@@ -1,20 +1,33 @@
 // Products with keys and values that ldmatrix has loaded, 32 bytes of each row: 16 dimensions of 16
-// bits, or 32 of fp8, which become fp16 here. A register of fp8 holds four neighbours where one of
-// 16 bits holds two, so that dimensions of queries and of the output go by another order.
+// bits, or 32 of fp8 (the last time perhaps 16), which become fp16 here. A register of fp8 holds
+// four neighbours where one of 16 bits holds two, so that dimensions of queries and of the output
+// go by another order.
 #pragma once
 #include "../common/request.cuh"
 
 namespace sparsek::portable {
 
+// A row of keys or values, and its copy to shared memory by lanes: `lanes` a row, a power of two,
+// of which so many have a piece of 16 bytes.
+template <typename KV, int kHeadDim>
+struct Row {
+  static constexpr int kBytes = sizeof(KV) * kHeadDim, kPitch = row_pitch(kBytes);
+  static constexpr int kPieces = kBytes / 16, kLanes = kPitch / 16;
+  static constexpr int kElements = 16 / sizeof(KV);  // of a piece
+  static constexpr int kLoads = (kBytes + 31) / 32;  // by ldmatrix
+  __host__ __device__ static constexpr bool whole(int load) { return 32 * load + 32 <= kBytes; }
+};
+
 // A lane has of each row of queries, a step of 16 dimensions: elements 2 * (lane % 4) and the next,
 // and those 8 further on; beside fp8 keys 4 * (lane % 4) and the next three.
 template <typename M, typename KV>
 __device__ inline void multiply_keys(float (&scores)[4], const uint32_t (*q)[4], uint32_t first,
-                                     uint32_t second) {
+                                     uint32_t second, bool whole) {
   if constexpr (sizeof(KV) == 1) {
     uint32_t low, high;
     widen_fp8(first, low, high);
     mma<M>(scores, q[0], low, high);
+    if (!whole) return;
     widen_fp8(second, low, high);
     mma<M>(scores, q[1], low, high);
   } else {
@@ -25,10 +38,11 @@ __device__ inline void multiply_keys(float (&scores)[4], const uint32_t (*q)[4],
 // 16 keys' values, two registers for 16 bytes of them.
 template <typename M, typename KV>
 __device__ inline void multiply_values(float (*out)[4], const uint32_t (&weights)[4],
-                                       const uint32_t (&v)[4]) {
+                                       const uint32_t (&v)[4], bool whole) {
   if constexpr (sizeof(KV) == 1) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
+      if (i == 1 && !whole) return;
       uint32_t even[2], odd[2];
       widen_fp8(swap_inner_bytes(v[2 * i]), even[0], odd[0]);
       widen_fp8(swap_inner_bytes(v[2 * i + 1]), even[1], odd[1]);

@@ -24,33 +24,38 @@ namespace {
 #define SPARSEK_NUM_WARPS 4
 #endif
 
-constexpr int kBlockN = SPARSEK_BLOCK_N, kStages = SPARSEK_NUM_STAGES;
-constexpr int kWarps = SPARSEK_NUM_WARPS, kThreads = 32 * kWarps;
-// Keys that a warp copies at a time: of one page, since pages are multiples of 16.
-constexpr int kSlice = kBlockN / kWarps < 16 ? kBlockN / kWarps : 16;
-static_assert(SPARSEK_BLOCK_M % (16 * kWarps) == 0 && kBlockN % (kSlice * kWarps) == 0);
-static_assert(16 % kSlice == 0 && kSlice >= 4 && kStages >= 2);
-
-// Softcap, bias and fp8 take registers that two row tiles a warp do not leave.
-template <typename KV, bool kGeneral>
-constexpr int kBlockM = kGeneral || sizeof(KV) == 1 ? 16 * kWarps : SPARSEK_BLOCK_M;
-
+// Softcap, bias and fp8 take registers that two row tiles a warp do not leave, and long rows take
+// shared memory too.
 template <typename KV, int kHeadDim, bool kGeneral>
-constexpr int kSharedBytes =
-    kHeadDim * (2 * kBlockM<KV, kGeneral> + 2 * int{sizeof(KV)} * kStages * kBlockN);
+struct Shape {
+  static constexpr bool kLong = kHeadDim > 128;
+  static constexpr int kBlockN = kLong ? 32 : SPARSEK_BLOCK_N;
+  static constexpr int kStages = kLong ? 2 : SPARSEK_NUM_STAGES;
+  static constexpr int kWarps = kLong ? 4 : SPARSEK_NUM_WARPS, kThreads = 32 * kWarps;
+  static constexpr int kBlockM =
+      kGeneral || kLong || sizeof(KV) == 1 ? 16 * kWarps : SPARSEK_BLOCK_M;
+  // Keys that a warp copies at a time: of one page, since pages are multiples of 16.
+  static constexpr int kSlice = kBlockN / kWarps < 16 ? kBlockN / kWarps : 16;
+  static_assert(kBlockM % (16 * kWarps) == 0 && kBlockN % (kSlice * kWarps) == 0);
+  static_assert(16 % kSlice == 0 && kSlice >= 4 && kStages >= 2);
+  static constexpr int kQueryPitch = row_pitch(2 * kHeadDim);
+  static constexpr int kTileBytes = kBlockN * Row<KV, kHeadDim>::kPitch;
+  static constexpr int kSharedBytes = kBlockM * kQueryPitch + 2 * kStages * kTileBytes;
+};
 
 // Queries beside fp8 keys: fp16 in the order that products take them (see operands.cuh), bf16 ones
 // scaled to its range. The factor of each row's scores goes to `factors`.
-template <typename T, int kHeadDim, int kBlockM>
+template <typename T, int kHeadDim, int kBlockM, int kThreads>
 __device__ inline void reorder_queries(char* q, float* factors) {
-  constexpr int kLanes = kHeadDim / 16;  // that share a row
+  constexpr int kLanes = row_pitch(2 * kHeadDim) / 32;  // that share a row; the last may have none
   static_assert(kBlockM * kLanes % kThreads == 0);
 #pragma unroll 1
   for (int i = threadIdx.x; i < kBlockM * kLanes; i += kThreads) {
     const int row = i / kLanes, piece = i % kLanes * 2;
     auto* first = reinterpret_cast<uint4*>(q + tile_offset<2 * kHeadDim>(row, piece));
     auto* second = reinterpret_cast<uint4*>(q + tile_offset<2 * kHeadDim>(row, piece + 1));
-    const uint4 a = *first, b = *second;
+    const bool has = piece < kHeadDim / 8;
+    const uint4 a = has ? *first : uint4{}, b = has ? *second : uint4{};
     uint32_t pairs[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
     float factor = 1;
     if constexpr (!std::is_same_v<T, __half>) {
@@ -65,6 +70,7 @@ __device__ inline void reorder_queries(char* q, float* factors) {
       for (uint32_t& pair : pairs) pair = to_half(pair, power.up);
       factor = power.down;
     }
+    if (!has) continue;
     *first = {pairs[0], pairs[2], pairs[4], pairs[6]};
     *second = {pairs[1], pairs[3], pairs[5], pairs[7]};
     if (piece == 0) factors[row] = factor;
@@ -72,27 +78,29 @@ __device__ inline void reorder_queries(char* q, float* factors) {
 }
 
 template <typename T, typename KV, int kHeadDim, bool kGeneral>
-__global__ void __launch_bounds__(kThreads, kWarps <= 4 ? 2 : 1)
+__global__ void __launch_bounds__(Shape<KV, kHeadDim, kGeneral>::kThreads,
+                                  Shape<KV, kHeadDim, kGeneral>::kWarps <= 4 ? 2 : 1)
     prefill_kernel(const __grid_constant__ AttentionParams p) {
   using M = Operand<T, KV>;
   constexpr bool kFp8 = sizeof(KV) == 1;
-  constexpr int kBlockM = portable::kBlockM<KV, kGeneral>;
-  constexpr int kRowTiles = kBlockM / (16 * kWarps);  // of 16 rows, a warp
-  constexpr int kChunks = kHeadDim / 8;               // of 16 bytes, a row of queries
-  constexpr int kRowBytes = sizeof(KV) * kHeadDim;    // of keys or values
-  constexpr int kPieces = kRowBytes / 16, kElements = 16 / sizeof(KV);  // of a piece
+  using Row = portable::Row<KV, kHeadDim>;
+  using S = Shape<KV, kHeadDim, kGeneral>;
+  constexpr int kBlockM = S::kBlockM, kBlockN = S::kBlockN, kStages = S::kStages;
+  constexpr int kWarps = S::kWarps, kThreads = S::kThreads, kSlice = S::kSlice;
+  constexpr int kRowTiles = kBlockM / (16 * kWarps);   // of 16 rows, a warp
+  constexpr int kQueryLanes = S::kQueryPitch / 16;     // that copy a row of queries
+  constexpr int kRowsAtOnce = kThreads / kQueryLanes;  // that all threads copy together
   constexpr int kStepsALoad = kFp8 ? 2 : 1;
-  constexpr int kRowsAtOnce = kThreads / kChunks;  // that all threads copy together
-  constexpr int kSteps = kHeadDim / 16;            // of QK^T along head_dim
-  constexpr int kKeyTiles = kBlockN / 8;           // columns of the score tile
-  constexpr int kGroups = kBlockN / 16;            // of 16 keys
+  constexpr int kSteps = kHeadDim / 16;   // of QK^T along head_dim
+  constexpr int kKeyTiles = kBlockN / 8;  // columns of the score tile
+  constexpr int kGroups = kBlockN / 16;   // of 16 keys
   constexpr int kSlicesAWarp = kBlockN / (kSlice * kWarps);
   constexpr bool kQueriesInRegisters = kHeadDim <= 64;
-  constexpr uint32_t kTileBytes = kBlockN * kRowBytes;
+  constexpr uint32_t kTileBytes = S::kTileBytes;
 
   extern __shared__ __align__(1024) char shared[];
   const uint32_t shared_q = shared_address(shared);
-  const uint32_t shared_kv = shared_q + kBlockM * kHeadDim * 2;
+  const uint32_t shared_kv = shared_q + kBlockM * S::kQueryPitch;
 
   // Late tiles first: under a causal mask they are the heaviest.
   const int tile = gridDim.x - 1 - blockIdx.x;
@@ -104,11 +112,12 @@ __global__ void __launch_bounds__(kThreads, kWarps <= 4 ? 2 : 1)
 
   const int thread = threadIdx.x, warp = thread / 32;
   int lane = thread % 32;
-  const int chunk = thread % kChunks, copy_row = thread / kChunks;
+  const int chunk = thread % kQueryLanes, copy_row = thread / kQueryLanes;
 
   // Queries to shared memory.
 #pragma unroll
   for (int i = 0; i < kBlockM; i += kRowsAtOnce) {
+    if (chunk >= kHeadDim / 8) break;
     const int row = i + copy_row, r = row0 + row;
     const bool valid = r < request.rows;
     const int query = valid ? p.group_divisor(r) : 0;
@@ -123,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, kWarps <= 4 ? 2 : 1)
     copy_async_commit();
     copy_async_wait<0>();
     __syncthreads();
-    reorder_queries<T, kHeadDim, kBlockM>(shared, score_factors);
+    reorder_queries<T, kHeadDim, kBlockM, kThreads>(shared, score_factors);
   }
 
   // Keys that the tile needs, in tiles of kBlockN that start at a multiple of 16.
@@ -157,13 +166,15 @@ __global__ void __launch_bounds__(kThreads, kWarps <= 4 ? 2 : 1)
 #pragma unroll
     for (int i = 0; i < kSlicesAWarp; ++i) {
       const int first = kSlice * (warp + i * kWarps);
-      const KV* k = next[i].at<KV>(p.k, kv_head) + lane % kPieces * kElements;
-      const KV* v = next[i].at<KV>(p.v, kv_head) + lane % kPieces * kElements;
+      const int piece = lane % Row::kLanes;
+      const KV* k = next[i].template at<KV>(p.k, kv_head) + piece * Row::kElements;
+      const KV* v = next[i].template at<KV>(p.v, kv_head) + piece * Row::kElements;
 #pragma unroll
-      for (int row = lane / kPieces; row < kSlice; row += 32 / kPieces) {
+      for (int row = lane / Row::kLanes; row < kSlice; row += 32 / Row::kLanes) {
+        if (piece >= Row::kPieces) break;
         const int key = key0 + first + row;
         const bool valid = key >= constants.window_begin && key < keys_end;
-        const uint32_t offset = tile_offset<kRowBytes>(first + row, lane % kPieces);
+        const uint32_t offset = tile_offset<Row::kBytes>(first + row, piece);
         copy_async_16(k_tile + offset, k + row * p.k.stride_token, valid);
         copy_async_16(v_tile + offset, v + row * p.v.stride_token, valid);
       }
@@ -194,11 +205,11 @@ __global__ void __launch_bounds__(kThreads, kWarps <= 4 ? 2 : 1)
     return tile_offset<decltype(row_bytes)::value>(lane % 16, lane / 16);
   };
   const auto across_chunks = [&] {
-    return tile_offset<kRowBytes>(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+    return tile_offset<Row::kBytes>(lane / 16 * 8 + lane % 8, lane / 8 % 2);
   };
   using QueryBytes = std::integral_constant<int, 2 * kHeadDim>;
-  using KeyBytes = std::integral_constant<int, kRowBytes>;
-  constexpr uint32_t kSixteenQueries = 16 * 2 * kHeadDim, kSixteenKeys = 16 * kRowBytes;
+  using KeyBytes = std::integral_constant<int, Row::kBytes>;
+  constexpr uint32_t kSixteenQueries = 16 * S::kQueryPitch, kSixteenKeys = 16 * Row::kPitch;
 
   uint32_t q_registers[kQueriesInRegisters ? kSteps : kStepsALoad][kRowTiles][4];
   static_assert(!kFp8 || kRowTiles == 1);  // steps follow each other
@@ -243,10 +254,10 @@ __global__ void __launch_bounds__(kThreads, kWarps <= 4 ? 2 : 1)
     const uint32_t k_lane = k_tile + across_chunks();
     float scores[kRowTiles][kKeyTiles][4] = {};
 #pragma unroll
-    for (int load = 0; load < kRowBytes / 32; ++load) {
+    for (int load = 0; load < Row::kLoads; ++load) {
       if (!kQueriesInRegisters) {
 #pragma unroll
-        for (int step = 0; step < kStepsALoad; ++step) {
+        for (int step = 0; step < (Row::whole(load) ? kStepsALoad : 1); ++step) {
 #pragma unroll
           for (int m = 0; m < kRowTiles; ++m) {
             load_matrices(q_registers[step][m],
@@ -261,8 +272,8 @@ __global__ void __launch_bounds__(kThreads, kWarps <= 4 ? 2 : 1)
         load_matrices(k, (k_lane ^ (load << 5)) + g * kSixteenKeys);
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
-          multiply_keys<M, KV>(scores[m][2 * g], &q[m], k[0], k[1]);
-          multiply_keys<M, KV>(scores[m][2 * g + 1], &q[m], k[2], k[3]);
+          multiply_keys<M, KV>(scores[m][2 * g], &q[m], k[0], k[1], Row::whole(load));
+          multiply_keys<M, KV>(scores[m][2 * g + 1], &q[m], k[2], k[3], Row::whole(load));
         }
       }
     }
@@ -364,12 +375,12 @@ __global__ void __launch_bounds__(kThreads, kWarps <= 4 ? 2 : 1)
         }
       }
 #pragma unroll
-      for (int load = 0; load < kRowBytes / 32; ++load) {
+      for (int load = 0; load < Row::kLoads; ++load) {
         uint32_t v[4];
         load_matrices_transposed(v, (v_lane ^ (load << 5)) + g * kSixteenKeys);
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m)
-          multiply_values<M, KV>(&out[m][2 * kStepsALoad * load], weights[m], v);
+          multiply_values<M, KV>(&out[m][2 * kStepsALoad * load], weights[m], v, Row::whole(load));
       }
     }
     stage = (stage + 1) % kStages;
@@ -406,13 +417,14 @@ __global__ void __launch_bounds__(kThreads, kWarps <= 4 ? 2 : 1)
 template <typename T, typename KV, int kHeadDim, bool kGeneral>
 cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
   auto kernel = prefill_kernel<T, KV, kHeadDim, kGeneral>;
-  constexpr int bytes = kSharedBytes<KV, kHeadDim, kGeneral>;
+  using S = Shape<KV, kHeadDim, kGeneral>;
+  constexpr int bytes = S::kSharedBytes;
   static_assert(bytes <= 99 * 1024);
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
-  const int tiles = most_tiles<kBlockM<KV, kGeneral>>(p);
-  kernel<<<dim3(static_cast<unsigned>(tiles), p.kv_heads), kThreads, bytes, stream>>>(p);
+  const int tiles = most_tiles<S::kBlockM>(p);
+  kernel<<<dim3(static_cast<unsigned>(tiles), p.kv_heads), S::kThreads, bytes, stream>>>(p);
   return cudaGetLastError();
 }
 

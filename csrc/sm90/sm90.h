@@ -7,6 +7,8 @@
 
 namespace sparsek::sm90 {
 
+constexpr bool has_head_dim(int head_dim) { return head_dim == 64 || head_dim == 128; }
+
 // Whether the tensor memory accelerator can read keys or values: there are some, and strides are
 // below 2^40 bytes, none of them 0 where there is more than one of a kind.
 inline bool has_tensor_map(const KVTensor& tensor, int kv_heads) {

@@ -19,6 +19,7 @@ from vllm.v1.attention.backend import (
     MultipleOf,
 )
 
+from sparsek_vllm import build
 from sparsek_vllm.backends import vllm_compat
 from sparsek_vllm.core import (
     DenseKV,
@@ -64,7 +65,12 @@ class SparseKBackend(AttentionBackend):
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
-        return [64, 128]
+        """The published ones; :meth:`supports_head_size` knows all."""
+        return list(build.HOPPER_HEAD_DIMS)
+
+    @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        return head_size in build.HEAD_DIMS
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
@@ -127,7 +133,7 @@ class SparseKBackend(AttentionBackend):
         given = vllm_compat.arguments_of(super().validate_configuration, *args, **kwargs)
         on_cpu = current_platform.is_cpu()
         allowed: dict[str, list[Any]] = {
-            "head_size": cls.get_supported_head_sizes(),
+            "head_size": list(build.HEAD_DIMS),
             "dtype": cls.dtypes(on_cpu),
             "kv_cache_dtype": cls.kv_cache_dtypes(on_cpu),
             "block_size": ["multiples of 16"],
@@ -204,7 +210,7 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
         _logger.info_once(
             "%s: path %s, variant %s, kernels %s",
             vllm_compat.BACKEND_NAME,
-            kernels.path_for(device),
+            kernels.path_for(device, kv_cache_spec.head_size),
             kernels.variant(get_default_config()),
             "none needed" if device.type == "cpu" else kernels.describe(),
         )

@@ -24,7 +24,7 @@ class AttentionInfo(StatLoggerBase):
     def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
         chosen = vllm_config.attention_config.backend
         if getattr(chosen, "name", None) == vllm_compat.BACKEND_NAME and _is_honoured():
-            _publish()
+            _publish(vllm_config.model_config.get_head_size())
 
     def record(self, *args: Any, **kwargs: Any) -> None:
         """Nothing changes while a server runs."""
@@ -34,12 +34,12 @@ class AttentionInfo(StatLoggerBase):
 
 
 @functools.cache
-def _publish() -> None:
+def _publish(head_dim: int) -> None:
     from prometheus_client import Gauge
 
     labels = {
         "version": __version__,
-        "path": _path(),
+        "path": _path(head_dim),
         "variant": str(kernels.variant(get_default_config())),
     }
     gauge = Gauge(
@@ -62,10 +62,12 @@ def _is_honoured() -> bool:
     return isinstance(current_platform, SparseKCpuPlatform)
 
 
-def _path() -> str:
+def _path(head_dim: int) -> str:
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
         return "reference"
     capability = current_platform.get_device_capability()  # makes no CUDA context, unlike torch's
-    return kernels.path_for_capability(capability.major, capability.minor, get_default_config())
+    return kernels.path_for_capability(
+        capability.major, capability.minor, get_default_config(), head_dim
+    )

@@ -524,9 +524,9 @@ SETS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "uneven": uneven,
     "multi-query": multi_query,
     "fp8": fp8,
-    "fp8-prefill": fp8_prefill,
     "prefill": prefill,
     "paged-prefill": paged_prefill,
+    "fp8-prefill": fp8_prefill,
     "mixed": mixed,
     "small": small,
 }

@@ -37,6 +37,9 @@ ARCHS = tuple(_GENCODE)
 # A GPU's own kernels, for it alone.
 _NATIVE_GENCODE = {"90": ("arch=compute_90a,code=sm_90a",)}
 
+# As in csrc/ops.cu. Hopper's own kernels have two of them.
+HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
+HOPPER_HEAD_DIMS = (64, 128)
 # Of queries; keys and values have the same, or fp8.
 DTYPES = ("__half", "__nv_bfloat16")
 
@@ -276,7 +279,9 @@ class Object(NamedTuple):
     gencode: tuple[str, ...]
 
 
-def objects(variant: Variant, archs: Sequence[str]) -> Iterator[Object]:
+def objects(
+    variant: Variant, archs: Sequence[str], head_dims: Sequence[int] = HEAD_DIMS
+) -> Iterator[Object]:
     """What a library is linked from."""
     gencode = tuple(code for arch in archs for code in _GENCODE[arch])
     kernels = [("portable/prefill", gencode), ("portable/decode", gencode)]
@@ -284,7 +289,8 @@ def objects(variant: Variant, archs: Sequence[str]) -> Iterator[Object]:
     if hopper:
         kernels += [(f"sm90/{kernel}", _NATIVE_GENCODE["90"]) for kernel in ("prefill", "decode")]
     for kernel, code in kernels:
-        for dtype, kv, head_dim in product(DTYPES, (None, "E4M3"), (64, 128)):
+        sizes = HOPPER_HEAD_DIMS if kernel.startswith("sm90") else head_dims
+        for dtype, kv, head_dim in product(DTYPES, (None, "E4M3"), sizes):
             defines = [
                 f"-DSPARSEK_DTYPE={dtype}",
                 f"-DSPARSEK_KV={kv or dtype}",

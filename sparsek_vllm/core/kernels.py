@@ -18,7 +18,7 @@ _logger = logging.getLogger("sparsek_vllm")
 
 # Of the portable decode kernel: thread blocks a multiprocessor, floats a thread block.
 DECODE_BLOCKS = 2
-DECODE_FLOATS = 2 * 16 * (128 + 2)
+DECODE_FLOATS = 2 * 16 * (max(build.HEAD_DIMS) + 2)
 
 
 _DEFAULTS = _config.Config()
@@ -102,8 +102,12 @@ def ops(device: torch.device) -> Any:
     return _load(_config.get_default_config())
 
 
-def path_for(device: torch.device) -> str:
+def path_for(device: torch.device, head_dim: int = 128) -> str:
     """Name of the implementation that serves tensors on ``device``.
+
+    Args:
+        device: where the tensors are.
+        head_dim: theirs; Hopper's own kernels have not every one.
 
     Raises:
         ValueError: neither CPU nor CUDA.
@@ -113,7 +117,7 @@ def path_for(device: torch.device) -> str:
         return "reference"
     if device.type == "cuda":
         index = device.index if device.index is not None else -1
-        return path_for_capability(*_capability(index), _config.get_default_config())
+        return path_for_capability(*_capability(index), _config.get_default_config(), head_dim)
     raise ValueError(f"tensors must be on cpu or cuda, got {device}")
 
 
@@ -131,7 +135,7 @@ def _capability(index: int) -> tuple[int, int]:
     return capability
 
 
-def path_for_capability(major: int, minor: int, config: _config.Config) -> str:
+def path_for_capability(major: int, minor: int, config: _config.Config, head_dim: int = 128) -> str:
     """Name of the implementation on a GPU of that compute capability.
 
     Raises:
@@ -144,7 +148,8 @@ def path_for_capability(major: int, minor: int, config: _config.Config) -> str:
         )
     if config.kernels == "hopper" and major > 9:
         raise RuntimeError(f'Config.kernels is "hopper", and the GPU is sm_{major}{minor}')
-    return "hopper" if major == 9 and wants_hopper(config) else "portable"
+    own = major == 9 and wants_hopper(config) and head_dim in build.HOPPER_HEAD_DIMS
+    return "hopper" if own else "portable"
 
 
 _workspaces: dict[tuple[int, int], torch.Tensor] = {}

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-from sparsek_vllm import reference
+from sparsek_vllm import build, reference
 from sparsek_vllm.core import kernels, stats
 from sparsek_vllm.core.config import debug_enabled, get_default_config
 from sparsek_vllm.core.paged_kv import DenseKV, PagedKV
@@ -25,7 +25,7 @@ INDEX_DTYPES = (torch.int32, torch.int64)
 # What the CUDA kernels are compiled for.
 CUDA_DTYPES = (torch.float16, torch.bfloat16)
 CUDA_FP8 = torch.float8_e4m3fn
-CUDA_HEAD_DIMS = (64, 128)
+CUDA_HEAD_DIMS = build.HEAD_DIMS
 
 SCHEMAS = (
     "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor seq_lens, "
@@ -94,8 +94,8 @@ def varlen_attention(
 
     Args:
         q: ``[total_q, heads, head_dim]``, last dimension contiguous. On CUDA fp16 or bf16,
-            head_dim 64 or 128, and rows that begin at multiples of 16 bytes, as in k, v and out;
-            on CPU fp32 and fp64 too, and any head_dim.
+            head_dim 64, 80, 96, 112, 128, 192 or 256, and rows that begin at multiples of 16
+            bytes, as in k, v and out; on CPU fp32 and fp64 too, and any head_dim.
         kv: keys and values, like q or, in pages, fp8 (on CUDA e4m3); ``heads`` must be a multiple
             of their ``kv_heads``.
         cu_seqlens_q: ``[batch + 1]`` int32, prefix sums of the query lengths. Rows of ``q``
@@ -163,7 +163,7 @@ def varlen_attention(
     paged = kv if isinstance(kv, PagedKV) else None
     if debug_enabled() and paged is not None:
         _check_block_table(paged, cu_seqlens_q, q_offsets, left)
-    path = kernels.path_for(q.device)
+    path = kernels.path_for(q.device, head_dim)
     arguments = (
         q,
         kv.k,
@@ -223,7 +223,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -
         t.transpose(1, 2).is_contiguous() for t in (q, k, v)
     ):
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    path = kernels.path_for(q.device)
+    path = kernels.path_for(q.device, q.shape[3])
     out = torch.empty_like(q)
     space = kernels.workspace(q.device)
     hopper = kernels.wants_hopper(get_default_config())
@@ -446,7 +446,8 @@ def _check_cuda_attention(
     _check("q", q, None, CUDA_DTYPES, q.device)
     if q.shape[2] not in CUDA_HEAD_DIMS:
         raise ValueError(
-            f"head_dim must be {' or '.join(map(str, CUDA_HEAD_DIMS))} on CUDA, got {q.shape[2]}"
+            f"head_dim must be one of {', '.join(map(str, CUDA_HEAD_DIMS))} on CUDA, "
+            f"got {q.shape[2]}"
         )
     # Packed keys and values have q's dtype by now.
     _check("k", kv.k, None, (q.dtype, CUDA_FP8), q.device)

@@ -274,9 +274,9 @@ def test_kernels_refuse_what_they_cannot_read() -> None:
     small = torch.zeros(4, 8, 2, 64, dtype=torch.float16, device=CUDA)
     refused("block_size of k must be a multiple of 16 on CUDA, got 8",
             kv=PagedKV(small, small, kv.block_table, kv.seq_lens))  # fmt: skip
-    wide = torch.zeros(4, 16, 2, 80, dtype=torch.float16, device=CUDA)
-    refused("head_dim must be 64 or 128 on CUDA, got 80",
-            q=torch.zeros(1, 8, 80, dtype=torch.float16, device=CUDA),
+    wide = torch.zeros(4, 16, 2, 72, dtype=torch.float16, device=CUDA)
+    refused("head_dim must be one of 64, 80, 96, 112, 128, 192, 256 on CUDA, got 72",
+            q=torch.zeros(1, 8, 72, dtype=torch.float16, device=CUDA),
             kv=PagedKV(wide, wide, kv.block_table, kv.seq_lens))  # fmt: skip
     fp8 = torch.zeros(4, 16, 2, 64, device=CUDA).to(torch.float8_e5m2)
     refused("k must be torch.float16, torch.float8_e4m3fn, got torch.float8_e5m2",
@@ -306,6 +306,9 @@ for head_dim in (64, 128):
     fp8 = Batch([*lengths, (700, 900)], 4, 4, head_dim, fp8=True)
     fp8.run()
     fp8.run(softcap=10.0, window=(40, -1))
+for head_dim in (80, 256):
+    for fp8 in (False, True):
+        Batch(lengths, 2, 4, head_dim, fp8=fp8).run()
 torch.cuda.synchronize()
 print("all launched")
 """
