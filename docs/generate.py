@@ -69,6 +69,7 @@ effect when it is set, not when a field of it changes later.
 def features() -> str:
     from vllm.v1.attention.backend import AttentionType
 
+    from sparsek_vllm import build
     from sparsek_vllm.backends.vllm import SparseKBackend as backend
     from sparsek_vllm.backends.vllm import SparseKMetadataBuilder as builder
 
@@ -91,7 +92,8 @@ def features() -> str:
     }
     (block,) = backend.get_supported_kernel_block_sizes()
     rows = [
-        ("head size", listed(backend.get_supported_head_sizes())),
+        ("head size", listed(build.HEAD_DIMS)),
+        ("of those, Hopper's own kernels", listed(build.HOPPER_HEAD_DIMS)),
         ("dtype on CUDA", listed(backend.supported_dtypes)),
         ("dtype on CPU", listed(backend.dtypes(on_cpu=True))),
         ("KV cache dtype on CUDA", listed(backend.kv_cache_dtypes(on_cpu=False))),
@@ -127,6 +129,7 @@ What vLLM does around attention, and the test that shows it with this backend:
 | parallel sampling, streaming, clients that hang up | `tests/test_server.py` \
 | `tests/gpu/soak.py`, by hand |
 | logits softcap, sliding window | `tests/test_vllm_engine.py` | `tests/test_kernels.py` |
+| fp8 KV cache | `tests/test_vllm_engine.py` | `tests/gpu/test_vllm_features.py` |
 | torch.compile, CUDA graphs | | `tests/gpu/test_vllm_features.py` |
 | speculative decoding: n-gram, draft model | | `tests/gpu/test_vllm_features.py` |
 | sleep mode, async scheduling, both model runners | | `tests/gpu/test_vllm_features.py` |

@@ -30,10 +30,14 @@ def library() -> Path:
     return build.cached(Config().build_path(), build.DEFAULT, ["90"])
 
 
-# Decode has nine warps: three of them share a quarter of a multiprocessor's registers. Prefill has
-# one to three warpgroups that compute, and one more.
+# Decode has ten warps: three of them share a quarter of a multiprocessor's registers. Prefill has
+# one to three warpgroups that compute, and one more, or two with fp8.
 DECODE_REGISTERS = 168
 PREFILL_REGISTERS = {1: 232, 2: 168, 3: 128}
+# Dtype, fp8 or not, head_dim; two tiles of rows or one, wide, general.
+HOPPER_DECODE = 2 * 2 * 2 * 4
+# Dtype; up to three warpgroups with head_dim 64 and up to two with 128; up to two with fp8.
+HOPPER_PREFILL = 2 * (3 + 2 + 2 * 2)
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +60,11 @@ def test_no_local_memory_and_registers_in_budget(wheel_library: Path) -> None:
         dump(wheel_library, "-res-usage"),
     )
     attention = [u[0] for u in usage if "prefill_kernel" in u[0] or "decode_kernel" in u[0]]
-    # Kernel, dtype, head_dim, general, architecture.
-    assert sum("portable" in name for name in attention) == 2 * 2 * 2 * 2 * 2
-    # Dtype, and decode's tiles of rows and general for each head_dim, and prefill's warpgroups.
-    assert sum("sm90" in name for name in attention) == 2 * (2 * 3 + 3 + 2) == len(attention) - 32
+    # Kernel, dtype, fp8 or not, head_dim, general, architecture.
+    portable = 2 * 2 * 2 * len(build.HEAD_DIMS) * 2 * 2
+    assert sum("portable" in name for name in attention) == portable
+    assert sum("sm90" in name for name in attention) == HOPPER_DECODE + HOPPER_PREFILL
+    assert len(attention) == portable + HOPPER_DECODE + HOPPER_PREFILL
     for name, registers, stack, _, local in usage:
         assert int(stack) == 0 and int(local) == 0, name
         assert int(registers) <= REGISTERS, name
@@ -85,12 +90,10 @@ def functions(library: Path, part: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("kernel", "count", "wanted"),
     [
-        # dtype, head_dim, tiles of rows and general
-        ("decode", 2 * 2 * 3, "UTMALDG.5D SYNCS HMMA.16816.F32 LDSM MOVM ACQBULK"),
-        # dtype, and with head_dim 64 up to three, with 128 up to two warpgroups
+        ("decode", HOPPER_DECODE, "UTMALDG.5D SYNCS HMMA.16816.F32 LDSM MOVM ACQBULK"),
         (
             "prefill",
-            2 * (3 + 2),
+            HOPPER_PREFILL,
             "UTMALDG.5D SYNCS HGMMA.64x128x16 WARPGROUP.DEPBAR USETMAXREG ACQBULK",
         ),
     ],
@@ -110,6 +113,7 @@ def test_hopper_kernels_use_what_hopper_has(
     for name, registers, stack in usage:
         if name in found:
             groups = int(name.split("EEEv")[0][-1]) if kernel == "prefill" else 0
+            groups += "E4M3" in name and groups > 0
             budget = PREFILL_REGISTERS[groups] if groups else DECODE_REGISTERS
             assert int(registers) <= budget and int(stack) == 0, name
 
@@ -123,17 +127,18 @@ def test_exponentials_run_under_the_product(library: Path) -> None:
             between = code.split("WARPGROUP.DEPBAR.LE gsb0, 0x1")[1].split("WARPGROUP.DEPBAR")[0]
             assert between.count("MUFU.EX2") >= 64, name
             checked += 1
-    assert checked == 2 * (3 + 2)
+    assert checked == HOPPER_PREFILL
 
 
+@pytest.mark.parametrize("kv", ["__nv_bfloat16", "E4M3"])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_products_are_asynchronous(head_dim: int, tmp_path: Path) -> None:
+def test_products_are_asynchronous(head_dim: int, kv: str, tmp_path: Path) -> None:
     """ptxas says so when it has to make wgmma wait, and goes on."""
     tools = build.find_tools()
     command = [
         tools.nvcc, "-std=c++17", "-O3", "--use_fast_math", "-ccbin", tools.compiler,
         "-Xptxas", "-v", "-gencode", "arch=compute_90a,code=sm_90a",
-        "-DSPARSEK_DTYPE=__nv_bfloat16", f"-DSPARSEK_HEAD_DIM={head_dim}",
+        "-DSPARSEK_DTYPE=__nv_bfloat16", f"-DSPARSEK_KV={kv}", f"-DSPARSEK_HEAD_DIM={head_dim}",
         "-c", build.sources() / "sm90/prefill.cu", "-o", tmp_path / "o",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -165,16 +170,19 @@ def test_variants_compile_within_their_budget(tmp_path: Path) -> None:
     """10 s and 1 GB for each."""
     tools = build.find_tools()
     root = build.sources()
-    for kernel, arch in (
-        ("portable/prefill", "90"),
-        ("portable/decode", "90"),
-        ("sm90/prefill", "90a"),
-        ("sm90/decode", "90a"),
+    for kernel, arch, kv, head_dim in (
+        ("portable/prefill", "90", "__half", 128),
+        ("portable/decode", "90", "__half", 256),
+        ("sm90/prefill", "90a", "__half", 128),
+        ("sm90/prefill", "90a", "E4M3", 128),
+        ("sm90/decode", "90a", "__half", 128),
+        ("sm90/decode", "90a", "E4M3", 128),
     ):
         command = [
             tools.nvcc, "-std=c++17", "-O3", "--use_fast_math", "-ccbin", tools.compiler,
             "-gencode", f"arch=compute_{arch},code=sm_{arch}", "-DSPARSEK_DTYPE=__half",
-            "-DSPARSEK_HEAD_DIM=128", "-c", root / f"{kernel}.cu", "-o", tmp_path / "o",
+            f"-DSPARSEK_KV={kv}", f"-DSPARSEK_HEAD_DIM={head_dim}",
+            "-c", root / f"{kernel}.cu", "-o", tmp_path / "o",
         ]  # fmt: skip
         code = (
             "import resource, subprocess, sys\n"
@@ -186,7 +194,7 @@ def test_variants_compile_within_their_budget(tmp_path: Path) -> None:
             [sys.executable, "-c", code, *map(str, command)], capture_output=True, text=True
         )
         seconds, kilobytes = map(float, done.stdout.split())
-        print(f"{kernel}: {seconds:.1f} CPU seconds, {kilobytes / 1e6:.2f} GB")
+        print(f"{kernel} {kv} {head_dim}: {seconds:.1f} CPU seconds, {kilobytes / 1e6:.2f} GB")
         assert seconds < 10 and kilobytes < 1e6
 
 

@@ -4,7 +4,8 @@
 // common/split.cuh says how the work is shared out. One thread block a multiprocessor: producer
 // warps, in turn, run ahead through the block's whole share, across segments, and keep a ring of
 // units in shared memory full. Two groups of four consumer warps take units in turn, each warp 16
-// keys, or 32 of fp8: as many bytes.
+// keys, or 32 of fp8: as many bytes. Where there are more rows than a warp can hold, both groups
+// take every unit, each for half of the rows.
 //
 // The operands of the products are swapped: keys (then the dimensions of V) are the 16 rows of
 // mma.sync m16n8k16 and queries its 8 columns, since a KV head has few. kTiles such tiles of rows
@@ -25,8 +26,11 @@ constexpr int kConsumers = 32 * kWarps, kThreads = kConsumers + 32 * kProducers;
 constexpr int kRingBytes = 128 * 1024;
 constexpr int kConsumerBarrier = 1;
 
-template <typename KV, int kHeadDim, int kTiles>
+// kWide: the groups take other rows of the same units, in place of other units of the same rows.
+template <typename KV, int kHeadDim, int kTiles, bool kWide>
 struct Shape {
+  static constexpr int kRowsOfGroup = 8 * kTiles, kRows = kRowsOfGroup * (kWide ? kGroups : 1);
+  static constexpr int kWarpsOfRow = kWide ? kWarpsOfGroup : kWarps;
   static constexpr bool kFp8 = sizeof(KV) == 1;
   // Of 16 keys, of a warp in a unit: as many as there are registers for.
   static constexpr int kKeyTiles = kFp8 && kHeadDim * kTiles < 256 ? 2 : 1;
@@ -38,13 +42,12 @@ struct Shape {
 // Rows of sums that warps leave each other: four floats more keep them in different banks.
 template <int kHeadDim>
 constexpr int kPitch = kHeadDim + 4;
-template <typename S, int kTiles>
-using OwnShare = Share<kThreads, 8 * kTiles, S::kUnitKeys, S::kUnitKeys, true>;
+template <typename S>
+using OwnShare = Share<kThreads, S::kRows, S::kUnitKeys, S::kUnitKeys, true>;
 
-template <typename KV, int kHeadDim, int kTiles>
+template <typename S, int kHeadDim>
 struct Shared {
-  using S = Shape<KV, kHeadDim, kTiles>;
-  static constexpr int kRows = 8 * kTiles;
+  static constexpr int kRows = S::kRows;
   static constexpr int kMeetingFloats = kWarpsOfGroup * kRows * kPitch<kHeadDim>;
 
   char ring[kRingBytes];
@@ -52,7 +55,7 @@ struct Shared {
   float row_maxima[kWarps][kRows], row_sums[kWarps][kRows];
   Segment segments[kWarps];
   uint64_t full[S::kStages], empty[S::kStages];
-  typename OwnShare<S, kTiles>::Scratch scratch;
+  typename OwnShare<S>::Scratch scratch;
 };
 
 struct DecodeParams {
@@ -137,16 +140,16 @@ __device__ inline void first_operand(uint32_t (&a)[4], const uint32_t (&loaded)[
   }
 }
 
-template <typename T, typename KV, int kHeadDim, int kTiles, bool kGeneral>
+template <typename T, typename KV, int kHeadDim, int kTiles, bool kGeneral, bool kWide>
 __global__ void __launch_bounds__(kThreads, 1)
     decode_kernel(const __grid_constant__ DecodeParams d) {
-  using S = Shape<KV, kHeadDim, kTiles>;
+  using S = Shape<KV, kHeadDim, kTiles, kWide>;
   using M = Operand<T, KV>;
-  constexpr int kSteps = kHeadDim / 16, kRows = 8 * kTiles;  // steps of 16 dimensions
+  constexpr int kSteps = kHeadDim / 16, kRows = S::kRows;  // steps of 16 dimensions
   constexpr int kStepsALoad = S::kFp8 ? 2 : 1, kLoads = kSteps / kStepsALoad;
   constexpr int kScores = 4 * S::kKeyTiles;  // of a row tile: four a key tile
   extern __shared__ __align__(1024) char dynamic[];
-  auto& shared = *reinterpret_cast<Shared<KV, kHeadDim, kTiles>*>(dynamic);
+  auto& shared = *reinterpret_cast<Shared<S, kHeadDim>*>(dynamic);
 
   const AttentionParams& p = d.attention;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
@@ -155,7 +158,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (!d.joined) prefetch_tensor_map(&d.v);
     for (int i = 0; i < S::kStages; ++i) {
       mbarrier_init(&shared.full[i], 1);
-      mbarrier_init(&shared.empty[i], kWarpsOfGroup);
+      mbarrier_init(&shared.empty[i], kWide ? kWarps : kWarpsOfGroup);
     }
     mbarrier_fence_init();
   }
@@ -163,7 +166,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   wait_for_previous_kernel();
   allow_next_kernel();
-  OwnShare<S, kTiles> share(p, shared.scratch);
+  OwnShare<S> share(p, shared.scratch);
   if (share.empty()) return;
   if (warp >= kWarps)
     return produce<S>(d, share, warp - kWarps, shared.ring, shared.full, shared.empty);
@@ -187,7 +190,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t v_lane = one_chunk ? own_ring + swizzled(v_row, pitch, v_piece + S::kRowBytes / 16)
                                     : own_ring + box_bytes + swizzled(v_row, pitch, v_piece);
 
-  int stage = group, phase = 0, turn = 0;
+  const int group_row = kWide ? group * S::kRowsOfGroup : 0;
+  int stage = kWide ? 0 : group, phase = 0, turn = 0;
   for (Segment segment; share.next(p, segment);) {
     const Request request(p, segment.request);
     const KeyRange keys = segment.keys;
@@ -210,7 +214,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     uint32_t q[kTiles][kSteps][2];
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
-      const int query = query_of(8 * t + lane / 4), head = head_of(8 * t + lane / 4, query);
+      const int query = query_of(group_row + 8 * t + lane / 4);
+      const int head = head_of(group_row + 8 * t + lane / 4, query);
       const T* source = static_cast<const T*>(p.q) +
                         (int64_t{request.q_begin} + query) * p.q_stride_token +
                         head * p.q_stride_head + kPair * (lane % 4);
@@ -234,7 +239,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
     const int units = segment.end - segment.begin;
     for (int unit = 0; unit < units; ++unit) {
-      const bool own_turn = turn == group;
+      const bool own_turn = kWide || turn == group;
       turn = turn + 1 == kGroups ? 0 : turn + 1;
       if (!own_turn) continue;
       mbarrier_wait(&shared.full[stage], phase);
@@ -267,7 +272,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
             for (int i = 0; i < kScores; ++i) {
               float& score = scores[t][i / 4][i % 4];
-              const int row = 8 * t + 2 * (lane % 4) + i % 2, own = key + lane / 4 + i / 2 * 8;
+              const int row = group_row + 8 * t + 2 * (lane % 4) + i % 2;
+              const int own = key + lane / 4 + i / 2 * 8;
               const int query = query_of(row);
               const KeyRange visible = own_request.keys(p, query);
               const bool sees = own >= visible.begin && own < visible.end;
@@ -370,7 +376,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
       __syncwarp();
       if (lane == 0) mbarrier_arrive(&shared.empty[stage]);
-      stage += kGroups;
+      stage += kWide ? 1 : kGroups;
       if (stage >= S::kStages) stage -= S::kStages, phase ^= 1;
     }
 
@@ -382,29 +388,37 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
+        if (!kGeneral) row_max[t][c] *= exponent_scale;  // groups can differ in it
         float& sum = row_sum[t][c];
         sum += __shfl_xor_sync(~0u, sum, 4);
         sum += __shfl_xor_sync(~0u, sum, 8);
         sum += __shfl_xor_sync(~0u, sum, 16);
         if (lane < 4) {
-          shared.row_maxima[warp][8 * t + 2 * lane + c] = row_max[t][c];
-          shared.row_sums[warp][8 * t + 2 * lane + c] = sum;
+          const int row = group_row + 8 * t + 2 * lane + c;
+          shared.row_maxima[warp][row] = row_max[t][c];
+          shared.row_sums[warp][row] = sum;
         }
       }
     }
     barrier_sync<kConsumers>(kConsumerBarrier);
-    const Finish<T, kHeadDim, kRows, kGeneral> finish{p, segment, share.size, exponent_scale};
+    const Finish<T, kHeadDim, kRows, kGeneral> finish{p, segment, share.size,
+                                                      kGeneral ? kLog2e : 1.0f};
+    // Of the warps that have a part of a row, the first.
+    const auto first_warp = [](int row) {
+      return kWide ? row / S::kRowsOfGroup * kWarpsOfGroup : 0;
+    };
     float* own_sums = shared.meeting + warp_of_group * kRows * kPitch<kHeadDim>;
     const auto exchange = [&](bool adds) {
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          const int row = 8 * t + 2 * (lane % 4) + c;
+          const int row = group_row + 8 * t + 2 * (lane % 4) + c;
           if (row >= segment.rows) continue;
           float peak = -INFINITY;
 #pragma unroll
-          for (int w = 0; w < kWarps; ++w) peak = fmaxf(peak, shared.row_maxima[w][row]);
+          for (int w = 0; w < S::kWarpsOfRow; ++w)
+            peak = fmaxf(peak, shared.row_maxima[first_warp(row) + w][row]);
           const float factor = finish.weight(row_max[t][c], peak);
 #pragma unroll
           for (int step = 0; step < kSteps; ++step) {
@@ -421,8 +435,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     };
 #pragma unroll
-    for (int g = kGroups - 1; g >= 0; --g) {
-      if (group == g) exchange(g < kGroups - 1);
+    for (int g = kWide ? 0 : kGroups - 1; g >= 0; --g) {
+      if (kWide || group == g) exchange(!kWide && g < kGroups - 1);
       barrier_sync<kConsumers>(kConsumerBarrier);
     }
     constexpr int kPasses = (kRows * kHeadDim + 4 * kConsumers - 1) / (4 * kConsumers);
@@ -434,11 +448,13 @@ __global__ void __launch_bounds__(kThreads, 1)
       peaks[pass] = -INFINITY;
       if (row >= segment.rows) break;
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) peaks[pass] = fmaxf(peaks[pass], shared.row_maxima[w][row]);
+      for (int w = 0; w < S::kWarpsOfRow; ++w)
+        peaks[pass] = fmaxf(peaks[pass], shared.row_maxima[first_warp(row) + w][row]);
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) {
+      for (int w = 0; w < S::kWarpsOfRow; ++w) {
+        const int own = first_warp(row) + w;
         sums[pass] +=
-            finish.weight(shared.row_maxima[w][row], peaks[pass]) * shared.row_sums[w][row];
+            finish.weight(shared.row_maxima[own][row], peaks[pass]) * shared.row_sums[own][row];
       }
 #pragma unroll
       for (int w = 0; w < kWarpsOfGroup; ++w) {
@@ -458,13 +474,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-template <typename T, typename KV, int kHeadDim, int kTiles, bool kGeneral>
+template <typename T, typename KV, int kHeadDim, int kTiles, bool kGeneral, bool kWide>
 cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
-  using S = Shape<KV, kHeadDim, kTiles>;
-  using Memory = Shared<KV, kHeadDim, kTiles>;
+  using S = Shape<KV, kHeadDim, kTiles, kWide>;
+  using Memory = Shared<S, kHeadDim>;
   static_assert(sizeof(Memory) <= 227 * 1024);
   // All blocks can hold a part of the same rows, whose weights and sums go to shared memory.
-  if (scratch_floats(8 * kTiles, p.multiprocessors) > Memory::kMeetingFloats)
+  if (scratch_floats(S::kRows, p.multiprocessors) > Memory::kMeetingFloats)
     return cudaErrorInvalidConfiguration;
   DecodeParams d{};
   d.attention = p;
@@ -479,7 +495,7 @@ cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
   if (error == cudaSuccess && !d.joined)
     error = make_tensor_map<KV>(&d.v, p.v, p.kv_heads, row_bytes, d.box_keys, row_bytes);
   if (error != cudaSuccess) return error;
-  const auto kernel = decode_kernel<T, KV, kHeadDim, kTiles, kGeneral>;
+  const auto kernel = decode_kernel<T, KV, kHeadDim, kTiles, kGeneral, kWide>;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(sizeof(Memory)));
   if (error != cudaSuccess) return error;
@@ -492,9 +508,10 @@ cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
 template <typename T, typename KV, int kHeadDim>
 cudaError_t decode(const AttentionParams& p, cudaStream_t stream) {
   // Softcap and bias take the registers that a second tile would need.
-  if (p.softcap > 0 || p.bias) return launch<T, KV, kHeadDim, 1, true>(p, stream);
-  return p.most_rows > 8 ? launch<T, KV, kHeadDim, 2, false>(p, stream)
-                         : launch<T, KV, kHeadDim, 1, false>(p, stream);
+  if (p.softcap > 0 || p.bias) return launch<T, KV, kHeadDim, 1, true, false>(p, stream);
+  if (p.most_rows > 16) return launch<T, KV, kHeadDim, 2, false, true>(p, stream);
+  return p.most_rows > 8 ? launch<T, KV, kHeadDim, 2, false, false>(p, stream)
+                         : launch<T, KV, kHeadDim, 1, false, false>(p, stream);
 }
 
 template cudaError_t decode<SPARSEK_DTYPE, SPARSEK_KV, SPARSEK_HEAD_DIM>(const AttentionParams&,

@@ -54,8 +54,15 @@ def test_cache_beyond_32_bit_offsets() -> None:
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize(
     "lengths",
-    [[(1, 16384)] * 4, [(1, 900)] * 64, [(4, 4096)] * 4, [(2048, 2048)] * 2, [(512, 8192)]],
-    ids=["decode-long", "decode-batch", "speculative", "prefill", "chunk"],
+    [
+        [(1, 16384)] * 4,
+        [(1, 900)] * 64,
+        [(4, 4096)] * 4,
+        [(8, 4096)] * 4,
+        [(2048, 2048)] * 2,
+        [(512, 8192)],
+    ],
+    ids=["decode-long", "decode-batch", "speculative", "speculative-8", "prefill", "chunk"],
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_error_is_that_of_flash_attention_3(dtype, lengths, head_dim) -> None:
