@@ -82,7 +82,7 @@ def features() -> str:
     types = {
         "decoder (causal self-attention)": AttentionType.DECODER,
         "encoder-only (embedding models)": AttentionType.ENCODER_ONLY,
-        "encoder": AttentionType.ENCODER,
+        "encoder of an encoder-decoder model": AttentionType.ENCODER,
         "cross-attention": AttentionType.ENCODER_DECODER,
     }
     graphs = {
@@ -131,6 +131,7 @@ What vLLM does around attention, and the test that shows it with this backend:
 | logits softcap, sliding window | `tests/test_vllm_engine.py` | `tests/test_kernels.py` |
 | fp8 KV cache | `tests/test_vllm_engine.py` | `tests/gpu/test_vllm_features.py` |
 | torch.compile, CUDA graphs | | `tests/gpu/test_vllm_features.py` |
+| cross-attention | `tests/test_vllm_cross_attention.py` | |
 | speculative decoding: n-gram, draft model | | `tests/gpu/test_vllm_features.py` |
 | sleep mode, async scheduling, both model runners | | `tests/gpu/test_vllm_features.py` |
 

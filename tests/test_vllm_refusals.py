@@ -36,6 +36,8 @@ def select(**changes: Any) -> str:
         {"kv_cache_dtype": "fp8", "block_size": 256},
         {"kv_cache_dtype": "fp8", "use_per_head_quant_scales": True, "head_size": 256},
         {"attn_type": "encoder_only"},
+        {"attn_type": "encoder"},
+        {"attn_type": "encoder_decoder"},
     ],
 )
 def test_accepted(changes: dict[str, Any]) -> None:
@@ -62,8 +64,9 @@ def test_accepted(changes: dict[str, Any]) -> None:
         ),
         ({"block_size": 24}, "block_size 24 not supported (allowed: multiples of 16)"),
         (
-            {"attn_type": "encoder_decoder"},
-            "attention type encoder_decoder not supported (allowed: decoder, encoder_only)",
+            {"attn_type": "sideways"},
+            "attention type sideways not supported "
+            "(allowed: decoder, encoder_only, encoder, encoder_decoder)",
         ),
         ({"use_mla": True}, "MLA not supported"),
         ({"use_sparse": True}, "sparse not supported"),

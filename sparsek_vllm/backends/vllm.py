@@ -41,7 +41,14 @@ _FP8_DTYPES = {
 }
 
 
-_ATTENTION_TYPES = (AttentionType.DECODER.value, AttentionType.ENCODER_ONLY.value)
+# Layers that keep nothing: they attend to the keys of the step.
+_ENCODERS = (AttentionType.ENCODER_ONLY.value, AttentionType.ENCODER.value)
+# vLLM wraps our classes for cross-attention: lengths and slots of the encoder, no mask.
+_ATTENTION_TYPES = (
+    AttentionType.DECODER.value,
+    *_ENCODERS,
+    AttentionType.ENCODER_DECODER.value,
+)
 
 
 class SparseKBackend(AttentionBackend):
@@ -269,10 +276,10 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         self.head_size = head_size
         self.scale = float(scale)
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        self.encoder_only = attn_type == AttentionType.ENCODER_ONLY
+        self.is_encoder = attn_type in _ENCODERS
         # vLLM counts the token itself; the ops count the keys before and after it.
         side = -1 if sliding_window is None else sliding_window - 1
-        self.window = (side, side if self.encoder_only else -1)
+        self.window = (side, side if self.is_encoder else -1)
         self.kv_cache_dtype = kv_cache_dtype
         self.fp8_dtype = _FP8_DTYPES.get(kv_cache_dtype)
         self.softcap = logits_soft_cap or 0.0
@@ -298,12 +305,12 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
     ) -> torch.Tensor:
         """Attend to the cache, which already holds this step's keys and values.
 
-        Encoder-only layers have no cache: they attend to ``key`` and ``value``.
+        Layers of an encoder have no cache: they attend to ``key`` and ``value``.
 
         Args:
             layer: the vLLM layer, for its fp8 scales.
             query: ``[num_tokens, num_heads, head_size]``, padded past num_actual_tokens.
-            key: ``[num_tokens, num_kv_heads, head_size]``; used by encoder-only layers alone.
+            key: ``[num_tokens, num_kv_heads, head_size]``; used by layers of an encoder alone.
             value: like key.
             kv_cache: this layer's cache as vLLM lays it out.
             attn_metadata: None while vLLM profiles memory: output is then zeroed.
@@ -321,7 +328,7 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
             return output.zero_()
         tokens = attn_metadata.num_actual_tokens
         kv: PagedKV | DenseKV
-        if self.encoder_only:
+        if self.is_encoder:
             kv = DenseKV(
                 key[:tokens],
                 value[:tokens],
@@ -363,7 +370,7 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         slot_mapping: torch.Tensor,
     ) -> None:
         """Write this step's keys and values; vLLM calls it before :meth:`forward`."""
-        if self.encoder_only:
+        if self.is_encoder:
             return
         k, v = self._views(kv_cache)
         quantised = self.fp8_dtype is not None
