@@ -129,9 +129,10 @@ std::pair<const float*, int> scales(const OptionalTensor& tensor) {
   if (!tensor) return {nullptr, 0};
   check(tensor->scalar_type() == ScalarType::Float, "k_scale and v_scale must be float32");
   int64_t step = 0;
+  int dims = 0;
   for (int i = 0; i < tensor->dim(); ++i) {
     if (tensor->size(i) == 1) continue;
-    check(step == 0, "k_scale and v_scale must have one dimension on CUDA");
+    check(++dims == 1, "k_scale and v_scale must have one dimension of more than one element");
     step = tensor->stride(i);
   }
   return {static_cast<const float*>(tensor->data_ptr()), static_cast<int>(step)};
@@ -198,6 +199,12 @@ struct LaunchAttention {
     if (with_decode) check(portable::decode<T, KV, kHeadDim>(p, stream));
   }
 };
+
+#ifdef SPARSEK_SM90
+// The workspace is measured by the portable kernel, which leaves twice as many parts.
+static_assert(sm90::kMostDecodeRows <=
+              portable::kDecodeRows * portable::kDecodeBlocksPerMultiprocessor);
+#endif
 
 // Fills in what follows from the rest and from the device, and launches.
 void run_attention(AttentionParams& p, const Tensor& q, bool fp8, const OptionalTensor& workspace,

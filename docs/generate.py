@@ -101,6 +101,7 @@ def features() -> str:
         ("block size", f"multiples of {block.base}"),
         *((name, yes(backend.supports_attn_type(kind))) for name, kind in types.items()),
         ("sliding window", yes(backend.supports_sliding_window())),
+        ("attention without a causal mask", yes(backend.supports_non_causal())),
         ("attention sinks", yes(backend.supports_sink())),
         ("MLA", yes(backend.is_mla())),
         ("bidirectional prefixes (multimodal)", yes(backend.supports_mm_prefix())),
@@ -131,7 +132,7 @@ What vLLM does around attention, and the test that shows it with this backend:
 | logits softcap, sliding window | `tests/test_vllm_engine.py` | `tests/test_kernels.py` |
 | fp8 KV cache | `tests/test_vllm_engine.py` | `tests/gpu/test_vllm_features.py` |
 | torch.compile, CUDA graphs | | `tests/gpu/test_vllm_features.py` |
-| cross-attention | `tests/test_vllm_cross_attention.py` | |
+| cross-attention, attention without a causal mask | `tests/test_vllm_attention_types.py` | |
 | speculative decoding: n-gram, draft model | | `tests/gpu/test_vllm_features.py` |
 | sleep mode, async scheduling, both model runners | | `tests/gpu/test_vllm_features.py` |
 

@@ -193,3 +193,23 @@ def test_bf16_queries_beside_fp8_keys(size: float, rows: int) -> None:
     stored = batch.kv.k.double()[batch.kv.block_table[0, :19].long()].flatten(0, 1)[:300]
     batch.k = [stored / torch.tensor(size).double()]
     batch.check()
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_zero_queries_and_small_scales(rows: int) -> None:
+    """The scale of scores may vanish: all keys then weigh the same, those beyond a mask nothing."""
+    batch = Batch([(rows, 300)], 2, 2, 64, fp8=True)
+    batch.q.zero_()
+    batch.kv = dataclasses.replace(batch.kv, k_scale=torch.full((2,), 1e-6, device=DEVICE))
+    batch.check()
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nan_of_one_head_stays_there(value: float, rows: int) -> None:
+    batch = Batch([(rows, 300)], 2, 4, 64, fp8=True)
+    expected, _ = batch.expected()
+    batch.q[:, 1, 5] = value
+    out, _ = batch.run()
+    others = [0, *range(2, 8)]
+    torch.testing.assert_close(out[:, others].double(), expected[:, others], rtol=3e-2, atol=3e-2)

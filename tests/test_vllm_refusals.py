@@ -37,6 +37,7 @@ def select(**changes: Any) -> str:
         {"kv_cache_dtype": "fp8", "use_per_head_quant_scales": True, "head_size": 256},
         {"attn_type": "encoder_only"},
         {"attn_type": "encoder"},
+        {"use_non_causal": True},
         {"attn_type": "encoder_decoder"},
     ],
 )
@@ -70,7 +71,6 @@ def test_accepted(changes: dict[str, Any]) -> None:
         ),
         ({"use_mla": True}, "MLA not supported"),
         ({"use_sparse": True}, "sparse not supported"),
-        ({"use_non_causal": True}, "non-causal attention not supported"),
         ({"use_batch_invariant": True}, "batch invariance not supported"),
         (
             {"head_size": 72, "block_size": 8},
@@ -98,8 +98,8 @@ def test_other_backends_are_left_to_vllm() -> None:
             "SPARSEK_XFORMERS does not support ALiBi (alibi_slopes)",
         ),
         (
-            {"attn_type": "encoder"},
-            "SPARSEK_XFORMERS does not support attention type encoder",
+            {"attn_type": "sideways"},
+            "SPARSEK_XFORMERS does not support attention type sideways",
         ),
         (
             {"sinks": torch.zeros(3)},

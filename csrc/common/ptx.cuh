@@ -1,4 +1,4 @@
-// Thin wrappers of the PTX that the portable kernels use: everything here runs on sm_80 and newer.
+// Thin wrappers of the PTX that the portable kernels use: everything here runs on sm_89 and newer.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

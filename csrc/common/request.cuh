@@ -189,10 +189,14 @@ struct PowerOfTwo {
     down = __int_as_float((exponent - 14) << 23);
   }
 };
-// The larger of a row's largest so far and two more bf16 numbers; the bits of the absolute value.
+// The larger of a row's largest so far and two more bf16 numbers, as the bits of its absolute
+// value. Infinities and NaN stay what they are whatever the factor, and must not set that of
+// others.
 __device__ inline int largest_of(int largest, uint32_t pair) {
-  return max(largest,
-             max(static_cast<int>(pair << 16 & 0x7fffffff), static_cast<int>(pair & 0x7fff0000)));
+  const int low = static_cast<int>(pair << 16 & 0x7fffffff);
+  const int high = static_cast<int>(pair & 0x7fff0000);
+  constexpr int kInfinity = 0x7f800000;
+  return max(largest, max(low < kInfinity ? low : 0, high < kInfinity ? high : 0));
 }
 __device__ inline uint32_t to_half(uint32_t pair, float factor) {
   return pack<__half>(__int_as_float(static_cast<int>(pair << 16)) * factor,
@@ -203,18 +207,25 @@ __device__ inline uint32_t to_half(uint32_t pair, float factor) {
 // factor of their scores.
 template <typename T, int kCount>
 __device__ inline float fit_queries(uint32_t (&pairs)[kCount]) {
-  if constexpr (std::is_same_v<T, __half>) return 1.0f;
-  int largest = 0;
+  if constexpr (std::is_same_v<T, __half>) {
+    return 1.0f;
+  } else {
+    int largest = 0;
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) largest = largest_of(largest, pairs[i]);
+    for (int i = 0; i < kCount; ++i) largest = largest_of(largest, pairs[i]);
 #pragma unroll
-  for (int step = 1; step < 32; step *= 2)
-    largest = max(largest, __shfl_xor_sync(~0u, largest, step));
-  const PowerOfTwo power(largest);
+    for (int step = 1; step < 32; step *= 2)
+      largest = max(largest, __shfl_xor_sync(~0u, largest, step));
+    const PowerOfTwo power(largest);
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) pairs[i] = to_half(pairs[i], power.up);
-  return power.down;
+    for (int i = 0; i < kCount; ++i) pairs[i] = to_half(pairs[i], power.up);
+    return power.down;
+  }
 }
+
+// A factor of scores: not 0, by which -inf would become NaN. Where it is that small, all weights
+// are 1 anyway.
+__device__ inline float usable_scale(float scale) { return fmaxf(scale, 1.17549435e-38f); }
 
 struct RowState {
   float factor, lse;  // of the row's output, and its natural log-sum-exp

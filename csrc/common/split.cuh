@@ -157,7 +157,7 @@ struct Finish {
   const AttentionParams& p;
   const Segment& segment;
   int share;
-  float exponent_scale;  // of scores, in powers of two
+  float exponent_scale;  // of the maxima, in powers of two
 
   __device__ int first_block() const { return segment.whole_begin / share; }
   __device__ int last_block() const { return (segment.whole_end - 1) / share; }

@@ -1,8 +1,9 @@
 // Attention of few queries a request over long keys, bound by memory: split KV on mma.sync and
-// cp.async, for any GPU from sm_80 on.
+// cp.async, for any GPU from sm_90 on.
 //
 // common/split.cuh says how the work is shared out. Every warp streams its own 16 of a unit's 64
-// keys through its own ring in shared memory, and the warps meet only at the end of a segment.
+// keys (32, by two warps, where heads are longer than 128) through its own ring in shared memory,
+// and the warps meet only at the end of a segment.
 #include "../common/split.cuh"
 #include "operands.cuh"
 #include "portable.h"
@@ -85,7 +86,9 @@ __global__ void __launch_bounds__(Shape<kHeadDim>::kThreads, kDecodeBlocksPerMul
       score_factor = scale_of(p.k_scale, p.k_scale_stride, kv_head) *
                      fit_queries<T>(reinterpret_cast<uint32_t (&)[4 * kSteps]>(q));
     }
-    const float exponent_scale = kGeneral ? kLog2e : p.scale_log2e * score_factor;
+    const float exponent_scale = kGeneral ? kLog2e
+                                 : kFp8   ? usable_scale(p.scale_log2e * score_factor)
+                                          : p.scale_log2e;
     float out[kHeadDim / 8][4] = {};
     float row_max[2] = {-INFINITY, -INFINITY}, row_sum[2] = {0, 0};
 

@@ -1,10 +1,10 @@
 // Attention of many queries a request: FlashAttention-2's loop (https://arxiv.org/abs/2307.08691)
-// on mma.sync and cp.async, for any GPU from sm_80 on.
+// on mma.sync and cp.async, for any GPU from sm_90 on.
 //
 // A thread block takes kBlockM rows of one KV head (queries and heads of the group, packed) and
 // walks over the keys that they see, kBlockN at a time, through a ring of kStages tiles in shared
 // memory. A warp owns its rows, so the softmax needs no exchange between warps. Queries stay in
-// shared memory at head_dim 128, where registers are short, and in registers at 64.
+// shared memory above head_dim 64, where registers are short, and in registers there.
 #include "operands.cuh"
 #include "portable.h"
 

@@ -4,8 +4,8 @@
 // common/split.cuh says how the work is shared out. One thread block a multiprocessor: producer
 // warps, in turn, run ahead through the block's whole share, across segments, and keep a ring of
 // units in shared memory full. Two groups of four consumer warps take units in turn, each warp 16
-// keys, or 32 of fp8: as many bytes. Where there are more rows than a warp can hold, both groups
-// take every unit, each for half of the rows.
+// keys, or 32 of fp8 where it has the registers: as many bytes. Where there are more rows than a
+// warp can hold, both groups take every unit, each for half of the rows.
 //
 // The operands of the products are swapped: keys (then the dimensions of V) are the 16 rows of
 // mma.sync m16n8k16 and queries its 8 columns, since a KV head has few. kTiles such tiles of rows
@@ -230,7 +230,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       score_factor = scale_of(p.k_scale, p.k_scale_stride, segment.kv_head) *
                      fit_queries<T>(reinterpret_cast<uint32_t (&)[2 * kTiles * kSteps]>(q));
     }
-    const float exponent_scale = kGeneral ? kLog2e : p.scale_log2e * score_factor;
+    const float exponent_scale = kGeneral  ? kLog2e
+                                 : S::kFp8 ? usable_scale(p.scale_log2e * score_factor)
+                                           : p.scale_log2e;
     // Of the products, this lane has columns (rows of queries) 2 * (lane % 4) and the next.
     float out[kTiles][kSteps][4] = {};
     float row_max[kTiles][2], row_sum[kTiles][2] = {};
@@ -478,7 +480,7 @@ template <typename T, typename KV, int kHeadDim, int kTiles, bool kGeneral, bool
 cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
   using S = Shape<KV, kHeadDim, kTiles, kWide>;
   using Memory = Shared<S, kHeadDim>;
-  static_assert(sizeof(Memory) <= 227 * 1024);
+  static_assert(sizeof(Memory) <= 227 * 1024 && S::kRows <= kMostDecodeRows);
   // All blocks can hold a part of the same rows, whose weights and sums go to shared memory.
   if (scratch_floats(S::kRows, p.multiprocessors) > Memory::kMeetingFloats)
     return cudaErrorInvalidConfiguration;

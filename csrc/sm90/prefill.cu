@@ -259,7 +259,7 @@ __device__ void widen(char* place, int warp, KeyRange seen) {
     uint4 bytes[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      const int row = lane / kPieces + i * kRows;  // and row0, a multiple of 16
+      const int row = lane / kPieces + i * kRows;  // and row0, a multiple of 8
       bytes[i] = *reinterpret_cast<const uint4*>(source + row0 * S::kRowBytes +
                                                  tile_offset<S::kRowBytes>(row, piece));
       if (partial && (row0 + row < seen.begin || row0 + row >= seen.end)) bytes[i] = uint4{};
@@ -441,7 +441,7 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
   bool rescale = false;
   float score_factor[2] = {1, 1};
   const auto scale_log2e = [&](int h) {
-    return S::kFp8 ? p.scale_log2e * score_factor[h] : p.scale_log2e;
+    return S::kFp8 ? usable_scale(p.scale_log2e * score_factor[h]) : p.scale_log2e;
   };
 
   const auto release_keys = [&] {

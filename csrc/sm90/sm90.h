@@ -7,6 +7,7 @@
 
 namespace sparsek::sm90 {
 
+constexpr int kMostDecodeRows = 32;  // that a unit of decode's work has
 constexpr bool has_head_dim(int head_dim) { return head_dim == 64 || head_dim == 128; }
 
 // Whether the tensor memory accelerator can read keys or values: there are some, and strides are

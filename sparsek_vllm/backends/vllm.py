@@ -135,6 +135,10 @@ class SparseKBackend(AttentionBackend):
         return True
 
     @classmethod
+    def supports_non_causal(cls) -> bool:
+        return True
+
+    @classmethod
     def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
         """Why this configuration cannot be served; vLLM shows the reasons and does not start."""
         given = vllm_compat.arguments_of(super().validate_configuration, *args, **kwargs)
@@ -229,7 +233,11 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
         fast_build: bool = False,
     ) -> SparseKMetadata:
         common = common_attn_metadata
-        assert isinstance(common.causal, bool), "per-request causality needs supports_non_causal"
+        if not isinstance(common.causal, bool):
+            raise ValueError(
+                f"{vllm_compat.BACKEND_NAME}: causal must be True or False for all requests, "
+                f"got {type(common.causal).__name__}"
+            )
         return SparseKMetadata(
             num_actual_tokens=common.num_actual_tokens,
             max_query_len=common.max_query_len,
@@ -278,8 +286,7 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.is_encoder = attn_type in _ENCODERS
         # vLLM counts the token itself; the ops count the keys before and after it.
-        side = -1 if sliding_window is None else sliding_window - 1
-        self.window = (side, side if self.is_encoder else -1)
+        self.side = -1 if sliding_window is None else sliding_window - 1
         self.kv_cache_dtype = kv_cache_dtype
         self.fp8_dtype = _FP8_DTYPES.get(kv_cache_dtype)
         self.softcap = logits_soft_cap or 0.0
@@ -351,7 +358,7 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
             kv,
             attn_metadata.query_start_loc,
             causal=attn_metadata.causal,
-            window=self.window,
+            window=(self.side, -1 if attn_metadata.causal else self.side),
             scale=self.scale,
             softcap=self.softcap,
             sinks=self.sinks,

@@ -33,22 +33,26 @@ class AttentionInfo(StatLoggerBase):
         """vLLM's own loggers say what there is to say."""
 
 
-@functools.cache
 def _publish(head_dim: int) -> None:
-    from prometheus_client import Gauge
-
     labels = {
         "version": __version__,
         "path": _path(head_dim),
         "variant": str(kernels.variant(get_default_config())),
     }
-    gauge = Gauge(
+    _gauge(*labels).labels(**labels).set(1)
+
+
+@functools.cache
+def _gauge(*labels: str) -> Any:
+    """Once a process, however many engines it has."""
+    from prometheus_client import Gauge
+
+    return Gauge(
         METRIC,
         "Implementation of attention in use: path and variant of its kernels. Always 1.",
-        labelnames=list(labels),
+        labelnames=labels,
         multiprocess_mode="mostrecent",  # with --api-server-count above 1
     )
-    gauge.labels(**labels).set(1)
 
 
 def _is_honoured() -> bool:

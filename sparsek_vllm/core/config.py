@@ -58,6 +58,7 @@ class Config:
 
     The fields from ``block_m`` to ``num_warps`` and from ``persistent_kernel`` to ``use_tma`` are
     those of the portable kernels: with one of them not at its default, ``"auto"`` is portable.
+    Above a head_dim of 128 tiles are what they are; so is ``block_m`` with fp8, softcap or bias.
 
     Raises:
         ValueError: a field has a value that no kernel can have.

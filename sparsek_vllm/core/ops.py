@@ -511,11 +511,17 @@ def _check_scales(
     k_scale: torch.Tensor | None, v_scale: torch.Tensor | None, heads: int, device: torch.device
 ) -> None:
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
-        if scale is not None and scale.numel() not in (1, heads):
+        if scale is None:
+            continue
+        if scale.numel() not in (1, heads):
             raise ValueError(
                 f"{name} must have 1 or kv_heads={heads} elements, got {scale.numel()}"
             )
+        if sum(n > 1 for n in scale.shape) > 1:
+            raise ValueError(f"{name} must have one dimension, got {list(scale.shape)}")
         _check(name, scale, None, (torch.float32,), device)
+        if debug_enabled() and not bool((scale > 0).all()):
+            raise ValueError(f"{name} must be positive, got {scale.min().item()}")
 
 
 def _check_no_scales(k_scale: torch.Tensor | None, v_scale: torch.Tensor | None, what: str) -> None:

@@ -24,7 +24,8 @@ class PagedKV:
         v: like ``k``.
         block_table: ``[batch, max_blocks]``, int32.
         seq_lens: ``[batch]``, int32, tokens in the cache for each request (0 is allowed).
-        k_scale: optional float32 tensor with 1 or ``kv_heads`` elements; K is multiplied by it.
+        k_scale: optional float32 tensor with 1 or ``kv_heads`` elements, positive; K is multiplied
+            by it.
         v_scale: likewise for V.
         starts: optional ``[batch]``, int32; by default 0 for each request.
     """

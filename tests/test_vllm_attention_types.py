@@ -1,4 +1,4 @@
-"""Cross-attention, as in Whisper: vLLM's own wrapper around our builder and implementation."""
+"""Attention that is not causal: vLLM's own metadata and wrapper, our builder and implementation."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import itertools
 
 import numpy as np
 import oracle
+import pytest
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.attention.cross_attention import create_cross_attention_backend
 from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
-from vllm.v1.kv_cache_interface import CrossAttentionSpec
+from vllm.v1.kv_cache_interface import CrossAttentionSpec, FullAttentionSpec
 
 from sparsek_vllm.backends.vllm import SparseKBackend
 
@@ -75,3 +76,44 @@ def test_cross_attention() -> None:
         for b, (begin, end) in enumerate(itertools.pairwise(bounds)):
             expected, _ = oracle.attention(q[begin:end], k[b], v[b], scale=DIM**-0.5)
             torch.testing.assert_close(out[begin:end].double(), expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, 7])
+def test_without_a_causal_mask(window: int | None, causal: bool) -> None:
+    """Rows then see both sides, of a sliding window too."""
+    random = torch.Generator().manual_seed(0)
+    config = VllmConfig()
+    spec = FullAttentionSpec(
+        block_size=BLOCK, num_kv_heads=HEADS, head_size=DIM, dtype=torch.float32
+    )
+    with set_current_vllm_config(config):
+        builder = SparseKBackend.get_builder_cls()(spec, ["layer"], config, torch.device("cpu"))
+        impl = SparseKBackend.get_impl_cls()(HEADS, DIM, DIM**-0.5, HEADS, None, window)
+    table = torch.tensor([[2, 0, 3]], dtype=torch.int32)
+    q, k, v = (torch.randn(33, HEADS, DIM, generator=random) for _ in "qkv")
+    cache = torch.full((4, HEADS, BLOCK, 2 * DIM), torch.nan)
+    tokens = torch.arange(33)
+    slots = table[0].long()[tokens // BLOCK] * BLOCK + tokens % BLOCK
+    impl.do_kv_cache_update(Layer(), k, v, cache, slots)
+    metadata = step([33], [0], [0], table)
+    metadata.causal = causal
+    out = torch.full_like(q, torch.nan)
+    impl.forward(Layer(), q, k, v, cache, builder.build(0, metadata), out)
+    side = -1 if window is None else window - 1
+    expected, _ = oracle.attention(
+        q, k, v, scale=DIM**-0.5, causal=causal, window=(side, -1 if causal else side)
+    )
+    torch.testing.assert_close(out.double(), expected, rtol=2e-5, atol=2e-5)
+
+
+def test_causality_of_each_request_is_refused() -> None:
+    config = VllmConfig()
+    spec = FullAttentionSpec(
+        block_size=BLOCK, num_kv_heads=HEADS, head_size=DIM, dtype=torch.float32
+    )
+    builder = SparseKBackend.get_builder_cls()(spec, ["layer"], config, torch.device("cpu"))
+    metadata = step([1], [4], [0], torch.zeros(1, 1, dtype=torch.int32))
+    metadata.causal = torch.ones(1, dtype=torch.int32)
+    with pytest.raises(ValueError, match="causal must be True or False for all requests"):
+        builder.build(0, metadata)
