@@ -116,7 +116,11 @@ from types import SimpleNamespace
 from prometheus_client import generate_latest
 from sparsek_vllm.backends.vllm_compat import backend_member
 from sparsek_vllm.backends.vllm_metrics import AttentionInfo
-AttentionInfo(SimpleNamespace(attention_config=SimpleNamespace(backend=backend_member())))
+for head_size in (64, 80):  # two engines of one process
+    AttentionInfo(SimpleNamespace(
+        attention_config=SimpleNamespace(backend=backend_member()),
+        model_config=SimpleNamespace(get_head_size=lambda: head_size),
+    ))
 print(generate_latest().decode().count("sparsek:attention_info{"))
 """
 
