@@ -246,7 +246,7 @@ void varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
   const int64_t kv_heads = k.size(k.dim() - 2);
   const bool fp8 = k.scalar_type() == ScalarType::Float8_e4m3fn;
   check(fp8 || (k.scalar_type() == q.scalar_type() && !k_scale && !v_scale),
-        "k must be float8_e4m3fn on CUDA or have the dtype of q, then without k_scale and v_scale");
+        "k must have the dtype of q on CUDA, without k_scale and v_scale, or be float8_e4m3fn");
   check(total_q < (int64_t{1} << 31) && kv_heads < 65536, "q has too many rows or heads");
   for (const auto& [name, tensor] :
        {std::pair<const char*, const Tensor*>{"q", &q}, {"k", &k}, {"v", &v}, {"out", &out}})
@@ -367,8 +367,8 @@ void write_kv(const Tensor& key, const Tensor& value, Tensor k_cache, Tensor v_c
         "key must be float16 or bfloat16 on CUDA");
   const bool fp8 = k_cache.scalar_type() == ScalarType::Float8_e4m3fn;
   check(fp8 || (k_cache.scalar_type() == type && !k_scale && !v_scale),
-        "k_cache must be float8_e4m3fn on CUDA or have the dtype of key, then without k_scale and "
-        "v_scale");
+        "k_cache must have the dtype of key on CUDA, without k_scale and v_scale, or be "
+        "float8_e4m3fn");
   check_last_stride("slot_mapping", slot_mapping);
   const DeviceScope device(key);
   WriteParams p{};
