@@ -36,6 +36,9 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr double kLog2e = 1.4426950408889634;
+// Prefill rescales rows only when the maximum of one of their warp's has grown by more than this
+// many powers of two: exponentials stay below 2^8, which fp16 holds. Idea: FlashAttention-4.
+constexpr float kRescaleSlack = 8.0f;
 
 void check(bool condition, const std::string& message) {
   if (!condition) throw std::runtime_error(message);
@@ -207,15 +210,19 @@ static_assert(sm90::kMostDecodeRows <=
 #endif
 
 // Fills in what follows from the rest and from the device, and launches.
+//
+// Batch-invariant, all is prefill's, which splits no keys and whose key tiles depend on the request
+// alone; without slack a row's rescaling does not depend on the others of its warp.
 void run_attention(AttentionParams& p, const Tensor& q, bool fp8, const OptionalTensor& workspace,
-                   bool hopper, int64_t min_seqlen_q) {
+                   bool hopper, bool batch_invariant, int64_t min_seqlen_q) {
   const int64_t head_dim = q.size(q.dim() - 1), most_rows = int64_t{p.max_seqlen_q} * p.group;
   p.group_divisor = FastDivisor(static_cast<uint32_t>(p.group));
   // A few tiles of rows re-read keys from L2 at little cost, and only decode splits long keys.
-  p.decode_rows = (p.max_seqlen_k >= 1024 ? 4 : 1) * portable::kDecodeRows;
+  p.decode_rows = batch_invariant ? 0 : (p.max_seqlen_k >= 1024 ? 4 : 1) * portable::kDecodeRows;
+  p.rescale_slack = batch_invariant ? 0 : kRescaleSlack;
   p.most_rows = std::min<int64_t>(most_rows, p.decode_rows);
   const bool with_prefill = most_rows > p.decode_rows;
-  const bool with_decode = min_seqlen_q * p.group <= p.decode_rows;
+  const bool with_decode = !batch_invariant && min_seqlen_q * p.group <= p.decode_rows;
 
   const DeviceScope device(q);
   p.multiprocessors = device.multiprocessors();
@@ -238,8 +245,8 @@ void varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
                       const OptionalTensor& k_starts, const OptionalTensor& q_offsets,
                       const OptionalTensor& bias, const OptionalTensor& sinks,
                       const OptionalTensor& k_scale, const OptionalTensor& v_scale,
-                      const OptionalTensor& workspace, bool hopper, int64_t min_seqlen_q,
-                      int64_t max_seqlen_q, int64_t max_seqlen_k, double scale, int64_t window_left,
+                      const OptionalTensor& workspace, bool hopper, bool batch_invariant,
+                      int64_t min_seqlen_q, int64_t max_seqlen_q, int64_t max_seqlen_k, double scale, int64_t window_left,
                       int64_t window_right, double softcap, Tensor out, OptionalTensor lse) {
   const int64_t batch = seq_lens.size(0), total_q = q.size(0);
   if (batch == 0 || total_q == 0) return;
@@ -305,7 +312,7 @@ void varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
   p.window_left = static_cast<int>(window_left < unlimited ? window_left : -1);
   p.window_right = static_cast<int>(window_right < unlimited ? window_right : -1);
 
-  run_attention(p, q, fp8, workspace, hopper, min_seqlen_q);
+  run_attention(p, q, fp8, workspace, hopper, batch_invariant, min_seqlen_q);
 }
 
 // The same number of queries and keys for all, without a mask. All of [B, H, S, D], or all of that
@@ -355,7 +362,7 @@ void attention(const Tensor& q, const Tensor& k, const Tensor& v, const Optional
   p.scale = static_cast<float>(scale);
   p.scale_log2e = static_cast<float>(scale * kLog2e);
   p.window_left = p.window_right = -1;
-  run_attention(p, q, false, workspace, hopper, rows);
+  run_attention(p, q, false, workspace, hopper, false, rows);
 }
 
 void write_kv(const Tensor& key, const Tensor& value, Tensor k_cache, Tensor v_cache,

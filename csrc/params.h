@@ -83,6 +83,7 @@ struct AttentionParams {
   // others the prefill kernel's.
   int decode_rows;
   int64_t most_rows;   // that a request of the decode kernel can have
+  float rescale_slack;  // of the prefill kernels: powers of two by which a maximum may grow
   float* partials;     // workspace of the decode kernels
   int* arrivals;       // zero before and after each launch
   int* tile_counters;  // two, likewise: of Hopper's prefill kernel

@@ -14,7 +14,7 @@ import torch
 from batches import Batch
 from target import DEVICE
 
-from sparsek_vllm.core import DenseKV, varlen_attention, write_kv
+from sparsek_vllm.core import DenseKV, PagedKV, varlen_attention, write_kv
 
 pytestmark = pytest.mark.on_kernels
 
@@ -213,3 +213,59 @@ def test_nan_of_one_head_stays_there(value: float, rows: int) -> None:
     out, _ = batch.run()
     others = [0, *range(2, 8)]
     torch.testing.assert_close(out[:, others].double(), expected[:, others], rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "fp8", "options"),
+    [
+        (64, False, {}),
+        (128, False, {"window": (200, -1)}),
+        (128, True, {}),
+        (64, False, {"softcap": 5.0, "window": (77, -1)}),
+        (80, False, {"window": (100, -1)}),
+        (256, True, {}),
+    ],
+    ids=str,
+)
+def test_batch_invariance(head_dim: int, fp8: bool, options: dict) -> None:
+    """A request alone, in chunks and token by token: the bits that it has beside others."""
+    lengths = [(150, 700), (1, 500), (333, 333), (7, 260)]
+    batch = Batch(lengths, 2, 4, head_dim, fp8=fp8)
+    # Maxima that grow along the keys, at their own pace for each row.
+    batch.k = [(k * torch.linspace(0.2, 3, len(k), device=DEVICE)[:, None, None]).to(k.dtype)
+               for k in batch.k]  # fmt: skip
+    if not fp8:
+        batch.write()
+
+    def check(kv: PagedKV | DenseKV, *pieces: tuple[int, int, int]) -> None:
+        """Rows begin to end of some requests, in one call."""
+        rows = [slice(batch.bounds[b] + begin, batch.bounds[b] + end) for b, begin, end in pieces]
+        which = torch.tensor([b for b, _, _ in pieces], device=DEVICE)
+        where = "starts" if isinstance(kv, DenseKV) else "block_table"
+        seen = [lengths[b][1] - lengths[b][0] + end for b, _, end in pieces]
+        bounds = torch.tensor([0, *(end - begin for _, begin, end in pieces)]).cumsum(0)
+        out, lse = varlen_attention(
+            torch.cat([batch.q[r] for r in rows]),
+            dataclasses.replace(
+                kv,
+                seq_lens=torch.tensor(seen, dtype=torch.int32, device=DEVICE),
+                **{where: getattr(kv, where)[which]},
+            ),
+            bounds.int().to(DEVICE),
+            batch_invariant=True,
+            return_lse=True,
+            **options,
+        )
+        assert torch.equal(out, torch.cat([expected[r] for r in rows]))
+        assert torch.equal(lse, torch.cat([expected_lse[:, r] for r in rows], 1))
+
+    for kv in (batch.kv, *([] if fp8 else [batch.dense()])):
+        expected, expected_lse = batch.run(kv, batch_invariant=True, **options)
+        assert not expected.isnan().any()
+        for b, (rows, _) in enumerate(lengths):
+            check(kv, (b, 0, rows))
+        check(kv, (3, 0, 7), (0, 0, 61))
+        check(kv, (2, 100, 233), (0, 61, 150), (1, 0, 1))
+        for row in (0, 90, 149):
+            check(kv, (0, row, row + 1))
+            check(kv, (1, 0, 1), (2, 2 * row, 2 * row + 3), (0, row, row + 1))

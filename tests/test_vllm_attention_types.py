@@ -1,47 +1,24 @@
-"""Attention that is not causal: vLLM's own metadata and wrapper, our builder and implementation."""
+"""Attention of other kinds than a decoder's plain one: vLLM's metadata and wrapper, our classes."""
 
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import oracle
 import pytest
 import torch
+from steps import BLOCK, DIM, Layer, layer, step
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.attention.cross_attention import create_cross_attention_backend
-from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
-from vllm.v1.kv_cache_interface import CrossAttentionSpec, FullAttentionSpec
+from vllm.v1.attention.backend import AttentionType
+from vllm.v1.kv_cache_interface import CrossAttentionSpec
 
 from sparsek_vllm.backends.vllm import SparseKBackend
+from sparsek_vllm.core import stats
 
-HEADS, DIM, BLOCK = 3, 64, 16
-
-
-class Layer(torch.nn.Module):
-    kv_sharing_target_layer_name = None
-
-
-def step(
-    rows: list[int], computed: list[int], encoder: list[int], table: torch.Tensor
-) -> CommonAttentionMetadata:
-    """A batch of requests with so many new and computed tokens, and encoder outputs."""
-    bounds = torch.tensor([0, *rows]).cumsum(0).int()
-    lengths = torch.tensor([a + b for a, b in zip(rows, computed, strict=True)], dtype=torch.int32)
-    return CommonAttentionMetadata(
-        query_start_loc=bounds,
-        query_start_loc_cpu=bounds,
-        seq_lens=lengths,
-        seq_lens_cpu_upper_bound=lengths,
-        num_reqs=len(rows),
-        num_actual_tokens=sum(rows),
-        max_query_len=max(rows),
-        max_seq_len=int(lengths.max()),
-        block_table_tensor=table,
-        slot_mapping=torch.zeros(sum(rows), dtype=torch.int64),
-        encoder_seq_lens=torch.tensor(encoder, dtype=torch.int32),
-        encoder_seq_lens_cpu=np.array(encoder, dtype=np.int32),
-    )
+HEADS = 3
 
 
 def test_cross_attention() -> None:
@@ -83,13 +60,7 @@ def test_cross_attention() -> None:
 def test_without_a_causal_mask(window: int | None, causal: bool) -> None:
     """Rows then see both sides, of a sliding window too."""
     random = torch.Generator().manual_seed(0)
-    config = VllmConfig()
-    spec = FullAttentionSpec(
-        block_size=BLOCK, num_kv_heads=HEADS, head_size=DIM, dtype=torch.float32
-    )
-    with set_current_vllm_config(config):
-        builder = SparseKBackend.get_builder_cls()(spec, ["layer"], config, torch.device("cpu"))
-        impl = SparseKBackend.get_impl_cls()(HEADS, DIM, DIM**-0.5, HEADS, None, window)
+    builder, impl = layer(HEADS, HEADS, sliding_window=window)
     table = torch.tensor([[2, 0, 3]], dtype=torch.int32)
     q, k, v = (torch.randn(33, HEADS, DIM, generator=random) for _ in "qkv")
     cache = torch.full((4, HEADS, BLOCK, 2 * DIM), torch.nan)
@@ -108,12 +79,54 @@ def test_without_a_causal_mask(window: int | None, causal: bool) -> None:
 
 
 def test_causality_of_each_request_is_refused() -> None:
-    config = VllmConfig()
-    spec = FullAttentionSpec(
-        block_size=BLOCK, num_kv_heads=HEADS, head_size=DIM, dtype=torch.float32
-    )
-    builder = SparseKBackend.get_builder_cls()(spec, ["layer"], config, torch.device("cpu"))
+    builder, _ = layer(HEADS, HEADS)
     metadata = step([1], [4], [0], torch.zeros(1, 1, dtype=torch.int32))
     metadata.causal = torch.ones(1, dtype=torch.int32)
     with pytest.raises(ValueError, match="causal must be True or False for all requests"):
         builder.build(0, metadata)
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+def test_shared_prefix(sinks: bool) -> None:
+    """Cascade attention, with other blocks behind the shared ones."""
+    random = torch.Generator().manual_seed(0)
+    logits = torch.tensor([0.5, -1.0, 2.0, 3.0]) if sinks else None
+    builder, impl = layer(4, 2, sinks=logits, logits_soft_cap=3.0)
+    prefix, rows, computed = 3 * BLOCK, [1, 4, 1, 9], [50, 48, 77, 64]
+    metadata = step(rows, computed, [0], torch.zeros(4, 6, dtype=torch.int32))
+    table = metadata.block_table_tensor
+    table[:, :3] = torch.tensor([7, 2, 5])
+    table[:, 3:] = torch.arange(8, 20).view(4, 3)
+    cache = torch.randn(20, 2, BLOCK, 2 * DIM, generator=random)
+    q = torch.randn(sum(rows), 4, DIM, generator=random)
+    plain, shared = torch.full_like(q, torch.nan), torch.full_like(q, torch.nan)
+    impl.forward(Layer(), q, q, q, cache, builder.build(0, metadata), plain)
+    stats.reset_path_counts()
+    impl.forward(Layer(), q, q, q, cache, builder.build(prefix, metadata), shared)
+    assert {name: c["calls"] for name, c in stats.path_counts().items()} == {
+        "varlen_attention:reference": 2,
+        "merge_states:reference": 1,
+    }
+    torch.testing.assert_close(shared, plain, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("expected", "changes"),
+    [
+        (True, {}),
+        (False, {"common_prefix_len": 128}),
+        (False, {"query_lens": np.full(8, 1)}),  # few passes do not fill the GPU as it is
+        (False, {"query_lens": np.full(64, 100)}),  # bound by products
+        (True, {"query_lens": np.full(64, 4)}),
+        (False, {"use_sliding_window": True}),
+        (False, {"dcp_world_size": 2}),
+    ],
+)
+def test_when_a_shared_prefix_is_worth_it(expected: bool, changes: dict[str, Any]) -> None:
+    builder, _ = layer(HEADS, HEADS)
+    case = {
+        "common_prefix_len": 4096, "query_lens": np.full(64, 1), "num_query_heads": 32,
+        "num_kv_heads": 8, "use_alibi": False, "use_sliding_window": False,
+        "use_local_attention": False, "num_sms": 132, "dcp_world_size": 1,
+    }  # fmt: skip
+    assert builder.use_cascade_attention(**(case | changes)) is expected

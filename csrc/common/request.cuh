@@ -75,6 +75,14 @@ struct Request {
   __device__ KeyRange keys(const AttentionParams& p, int query) const {
     return keys(p, query, query);
   }
+
+  // Where a tile of keys that holds `key` begins: tiles lie in pages as the pages do, and in packed
+  // keys as the request does. So they do not depend on what else is in the batch.
+  template <int kKeys>
+  __device__ int tile_begin(const AttentionParams& p, int key) const {
+    const int first = p.block_table ? 0 : start;
+    return first + (key - first) / kKeys * kKeys;
+  }
 };
 
 // The sum over this thread and those before it. All threads of the block come here.
@@ -155,10 +163,6 @@ __device__ inline float adjust_score(const AttentionParams& p, float score, cons
   }
   return score;
 }
-
-// Rows are rescaled only when their maximum has grown by more than this many powers of two:
-// exponentials stay below 2^8, which fp16 holds. Idea: FlashAttention-4.
-constexpr float kRescaleSlack = 8.0f;
 
 // exp((score - peak) * scale), by powers of two. A bias can make scores so large that their product
 // with the scale is rounded by more than 1: then the difference comes first.

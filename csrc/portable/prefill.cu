@@ -135,30 +135,34 @@ __global__ void __launch_bounds__(Shape<KV, kHeadDim, kGeneral>::kThreads,
     reorder_queries<T, kHeadDim, kBlockM, kThreads>(shared, score_factors);
   }
 
-  // Keys that the tile needs, in tiles of kBlockN that start at a multiple of 16.
+  // Keys that the tile needs, in tiles of kBlockN.
   const int last_row = min(row0 + kBlockM, request.rows) - 1;
   const int first = p.group_divisor(row0), last = p.group_divisor(last_row);
   const KeyRange keys = request.keys(p, first, last);
-  const int keys_begin = keys.begin & ~15;
+  const int keys_begin = request.tile_begin<kBlockN>(p, keys.begin);
   const int keys_end = keys.begin < keys.end ? keys.end : keys_begin;
   // What the loop needs now and then waits in shared memory: registers are short.
   __shared__ struct {
     int request, row0, window_begin;
+    int first_slice;  // of 16 keys, that any row sees
     KeyRange common;  // keys that all rows see: they need no mask
   } constants;
   if (threadIdx.x == 0) {
-    constants = {b, row0, keys.begin, {request.keys(p, last).begin, request.keys(p, first).end}};
+    const int first_slice = keys_begin + (keys.begin - keys_begin) / 16 * 16;
+    constants = {
+        b, row0, keys.begin, first_slice, {request.keys(p, last).begin, request.keys(p, first).end}};
   }
   __syncthreads();
 
-  // A slice's page is looked up one tile ahead of its copy. Pages past the range are not looked
-  // up: block tables hold garbage there.
+  // A slice's page is looked up one tile ahead of its copy. Pages outside of the range are not
+  // looked up: block tables hold garbage there.
   KeyAddress next[kSlicesAWarp];
   const auto find_tile = [&](int key0) {
 #pragma unroll
     for (int i = 0; i < kSlicesAWarp; ++i) {
       const int first = key0 + kSlice * (warp + i * kWarps);
-      next[i] = KeyAddress(p, constants.request, min(first, keys_end - 1));
+      const int key = max(constants.first_slice, min(first, keys_end - 1));
+      next[i] = KeyAddress(p, constants.request, key);
     }
   };
   const auto copy_tile = [&](int stage, int key0) {
@@ -320,7 +324,7 @@ __global__ void __launch_bounds__(Shape<KV, kHeadDim, kGeneral>::kThreads,
         for (int n = 0; n < kKeyTiles; ++n)
           x = fmaxf(x, fmaxf(scores[m][n][2 * h], scores[m][n][2 * h + 1]));
         peak[m][h] = x;
-        grown |= (x - row_max[m][h]) * exponent_scale > kRescaleSlack;
+        grown |= (x - row_max[m][h]) * exponent_scale > p.rescale_slack;
       }
     }
     if (__any_sync(~0u, grown)) {

@@ -51,7 +51,7 @@ struct Tile {
   Request request;  // its index is kEnd behind the last tile
   int kv_head, row0;
   KeyRange keys;  // that any row sees
-  int key0;       // a multiple of kBlockN
+  int key0;       // of the first key tile
   int key_tiles;
   struct Own {
     KeyRange common;    // that every row of the warpgroup sees
@@ -145,7 +145,7 @@ __device__ void find_tile(const PrefillParams& d, const Shared<S>& shared, int i
   const KeyRange keys = request.keys(p, first, last);
   const auto key_tiles_to = [&](int key) { return (key - found.key0 + kBlockN - 1) / kBlockN; };
   found.keys = keys;
-  found.key0 = keys.begin & ~(kBlockN - 1);
+  found.key0 = request.tile_begin<kBlockN>(p, keys.begin);
   found.key_tiles = keys.begin < keys.end ? key_tiles_to(keys.end) : 0;
 #pragma unroll 1
   for (int group = 0; group < S::kGroups; ++group) {
@@ -199,10 +199,10 @@ struct Loader {
       const int stage = place.index;
       uint64_t* full = kValues ? &shared.v_full[stage] : &shared.k_full[stage];
       // Values of keys that no row sees can be NaN, which a weight of 0 does not cancel.
-      const int in_box = d.box_keys - 1, end = keys.end;
+      const int in_box = d.box_keys - 1, end = keys.end;  // boxes begin where the tile does
       const bool unseen = !S::kFp8 && kValues &&
-                          ((key0 < keys.begin && (keys.begin & in_box) != 0) ||
-                           (key0 + kBlockN > end && (end & in_box) != 0));
+                          ((key0 < keys.begin && ((keys.begin - key0) & in_box) != 0) ||
+                           (key0 + kBlockN > end && ((end - key0) & in_box) != 0));
       mbarrier_wait(kValues ? &shared.v_empty[stage] : &shared.k_empty[stage], place.phase ^ 1);
       uint64_t* arrival = unseen ? &shared.landed : full;
       if (S::kFp8) arrival = kValues ? &shared.v_landed[stage] : &shared.k_landed[stage];
@@ -494,8 +494,8 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
 #pragma unroll
     for (int i = 4; i < kBlockN / 2; ++i) peaks[i % 4] = fmaxf(peaks[i % 4], scores[i]);
     const float peak[2] = {fmaxf(peaks[0], peaks[1]), fmaxf(peaks[2], peaks[3])};
-    const bool grown = (peak[0] - row_max[0]) * scale_log2e(0) > kRescaleSlack ||
-                       (peak[1] - row_max[1]) * scale_log2e(1) > kRescaleSlack;
+    const bool grown = (peak[0] - row_max[0]) * scale_log2e(0) > p.rescale_slack ||
+                       (peak[1] - row_max[1]) * scale_log2e(1) > p.rescale_slack;
     rescale = __any_sync(~0u, grown);
     if (rescale) {
 #pragma unroll

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
@@ -26,6 +28,7 @@ from sparsek_vllm.core import (
     PagedKV,
     get_default_config,
     kernels,
+    merge_states,
     varlen_attention,
     write_kv,
 )
@@ -139,6 +142,11 @@ class SparseKBackend(AttentionBackend):
         return True
 
     @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        """On CUDA: vLLM's own layers are not batch-invariant on CPU."""
+        return not current_platform.is_cpu()
+
+    @classmethod
     def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
         """Why this configuration cannot be served; vLLM shows the reasons and does not start."""
         given = vllm_compat.arguments_of(super().validate_configuration, *args, **kwargs)
@@ -194,16 +202,38 @@ class SparseKMetadata(AttentionMetadata):
     block_table: torch.Tensor
     slot_mapping: torch.Tensor
     causal: bool
+    shared_prefix: SharedPrefix | None = None
+    context: LocalContext | None = None
+
+
+@dataclass
+class SharedPrefix:
+    """The first keys of all requests, the same blocks: attended to by all rows together."""
+
+    length: int  # a multiple of the block size
+    query_start_loc: torch.Tensor  # of one request with all rows
+    seq_lens: torch.Tensor  # [1]: length
+    remaining: torch.Tensor  # of seq_lens
+
+
+@dataclass
+class LocalContext:
+    """Decode context parallelism: the keys of earlier steps are spread over the ranks."""
+
+    seq_lens: torch.Tensor  # of this rank's earlier keys
+    query_lens: torch.Tensor
+    max_seq_len: int
+    empty: bool  # on every rank
 
 
 class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
     """Passes on what vLLM has prepared: no copy, no synchronisation.
 
-    The kernels plan on the device from ``seq_lens`` and ``query_start_loc``, so a graph captured
-    for uniform batches (decoding, also of several speculative tokens) replays with any lengths.
+    The kernels plan on the device from ``seq_lens`` and ``query_start_loc``, so a captured graph
+    replays with any lengths.
     """
 
-    _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
+    _cudagraph_support = AttentionCGSupport.ALWAYS
     supports_update_block_table = True
 
     def __init__(
@@ -225,6 +255,15 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
             kernels.variant(get_default_config()),
             "none needed" if device.type == "cpu" else kernels.describe(),
         )
+        # Layers that vLLM keeps whole on each rank say so in their spec.
+        sharded = getattr(kv_cache_spec, "dcp_sharded", True)
+        self.ranks: Any = vllm_compat.context_parallel_group() if sharded else None
+        if self.ranks is not None:
+            parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
+            self.interleave = parallel.cp_kv_cache_interleave_size
+            # Kept, for graphs that are replayed.
+            shape = (2, scheduler.max_num_seqs)
+            self.context_lens = torch.zeros(shape, dtype=torch.int32, device=device)
 
     def build(
         self,
@@ -238,6 +277,16 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
                 f"{vllm_compat.BACKEND_NAME}: causal must be True or False for all requests, "
                 f"got {type(common.causal).__name__}"
             )
+        prefix = context = None
+        if self.ranks is not None:
+            context = self._local_context(common)
+        elif common_prefix_len > 0:
+            prefix = SharedPrefix(
+                common_prefix_len,
+                common.query_start_loc[:: common.num_reqs].contiguous(),
+                torch.full_like(common.seq_lens[:1], common_prefix_len),
+                common.seq_lens - common_prefix_len,
+            )
         return SparseKMetadata(
             num_actual_tokens=common.num_actual_tokens,
             max_query_len=common.max_query_len,
@@ -247,7 +296,54 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
             block_table=common.block_table_tensor,
             slot_mapping=common.slot_mapping,
             causal=common.causal,
+            shared_prefix=prefix,
+            context=context,
         )
+
+    def _local_context(self, common: CommonAttentionMetadata) -> LocalContext:
+        world, rank, interleave = self.ranks.world_size, self.ranks.rank_in_group, self.interleave
+        self.context_lens.zero_()
+        local_lens, query_lens = self.context_lens[:, : common.num_reqs]
+        torch.sub(common.query_start_loc[1:], common.query_start_loc[:-1], out=query_lens)
+        context = (common.seq_lens - query_lens).clamp_(min=0)
+        # Runs of so many keys go to the ranks in turn.
+        rounds, rest = context // (world * interleave), context % (world * interleave)
+        rest = (rest - rank * interleave).clamp_(0, interleave)
+        torch.add(rounds * interleave, rest, out=local_lens)
+        # The same on every rank: they meet if it is not so.
+        empty = False
+        if common.seq_lens_cpu_upper_bound is not None:
+            begins = common.query_start_loc_cpu[: common.num_reqs + 1]
+            lengths = common.seq_lens_cpu_upper_bound[: common.num_reqs]
+            empty = not bool((lengths > begins.diff()).any())
+        longest = -(-common.max_seq_len // (world * interleave)) * interleave
+        return LocalContext(local_lens, query_lens, longest, empty)
+
+    def use_cascade_attention(
+        self,
+        common_prefix_len: int,
+        query_lens: np.ndarray,
+        num_query_heads: int,
+        num_kv_heads: int,
+        use_alibi: bool,
+        use_sliding_window: bool,
+        use_local_attention: bool,
+        num_sms: int,
+        dcp_world_size: int,
+    ) -> bool:
+        """Whether one pass of all rows over a shared prefix is quicker than one a request.
+
+        It is where loading keys takes the time and the pass has enough tiles of 128 rows to keep
+        the multiprocessors busy as long as the separate passes would.
+        """
+        if use_sliding_window or use_local_attention or dcp_world_size > 1:
+            return False
+        group, requests = num_query_heads // num_kv_heads, len(query_lens)
+        rows = int(query_lens.sum()) * group
+        if common_prefix_len < 256 or rows > 64 * requests:
+            return False
+        waves = -(-num_kv_heads * -(-rows // 128) // num_sms)
+        return requests * num_kv_heads > num_sms * waves
 
     def update_block_table(
         self,
@@ -260,6 +356,9 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
 
 class SparseKImpl(AttentionImpl[SparseKMetadata]):
     """Attention of one layer."""
+
+    supports_dcp = True
+    can_return_lse_for_decode = True
 
     def __init__(
         self,
@@ -297,6 +396,11 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
                 f"{name}: sinks must have shape [num_heads={num_heads}], got {list(sinks.shape)}"
             )
         self.sinks = sinks
+        self.batch_invariant = vllm_compat.is_batch_invariant()
+        self.ranks = vllm_compat.context_parallel_group()
+        if self.ranks is not None:
+            config = get_current_vllm_config()
+            self.combine = vllm_compat.context_parallel_combine(config)
 
     def forward(
         self,
@@ -332,16 +436,15 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         if attn_metadata is None:
             # Made now, it lies outside the pool whose contents sleep mode drops.
             kernels.workspace(query.device)
+            if self.ranks is not None:
+                # What _attend_across_ranks() makes, for vLLM to count.
+                query.new_empty(3 * self.ranks.world_size, *query.shape)
             return output.zero_()
         tokens = attn_metadata.num_actual_tokens
+        q, out = query[:tokens], output.view(-1, self.num_heads, self.head_size)[:tokens]
         kv: PagedKV | DenseKV
         if self.is_encoder:
-            kv = DenseKV(
-                key[:tokens],
-                value[:tokens],
-                attn_metadata.query_start_loc[:-1],
-                attn_metadata.seq_lens,
-            )
+            kv = self._own(key, value, attn_metadata, attn_metadata.seq_lens)
         else:
             k, v = self._views(kv_cache)
             quantised = self.fp8_dtype is not None
@@ -353,20 +456,106 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
                 layer._k_scale if quantised else None,
                 layer._v_scale if quantised else None,
             )
-        varlen_attention(
-            query[:tokens],
-            kv,
-            attn_metadata.query_start_loc,
-            causal=attn_metadata.causal,
-            window=(self.side, -1 if attn_metadata.causal else self.side),
-            scale=self.scale,
-            softcap=self.softcap,
-            sinks=self.sinks,
-            max_seqlen_q=attn_metadata.max_query_len,
-            max_seqlen_k=attn_metadata.max_seq_len,
-            out=output.view(-1, self.num_heads, self.head_size)[:tokens],
-        )
+            if attn_metadata.context is not None:
+                self._attend_across_ranks(q, key, value, kv, attn_metadata, out)
+                return output
+            if attn_metadata.shared_prefix is not None:
+                self._attend_to_shared_prefix(q, kv, attn_metadata, out)
+                return output
+        self._attend(q, kv, attn_metadata, out=out)
         return output
+
+    def _attend(
+        self, q: torch.Tensor, kv: PagedKV | DenseKV, metadata: SparseKMetadata, **arguments: Any
+    ) -> Any:
+        """What the layer and ``metadata`` say, where ``arguments`` do not."""
+        causal = arguments.get("causal", metadata.causal)
+        settings = {
+            "cu_seqlens_q": metadata.query_start_loc,
+            "causal": causal,
+            "window": (self.side, -1 if causal else self.side),
+            "scale": self.scale,
+            "softcap": self.softcap,
+            "sinks": self.sinks,
+            "batch_invariant": self.batch_invariant,
+            "max_seqlen_q": metadata.max_query_len,
+            "max_seqlen_k": metadata.max_seq_len,
+        }
+        return varlen_attention(q, kv, **(settings | arguments))
+
+    def _own(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        metadata: SparseKMetadata,
+        lengths: torch.Tensor,
+    ) -> DenseKV:
+        """Keys and values of this step alone."""
+        tokens = metadata.num_actual_tokens
+        return DenseKV(key[:tokens], value[:tokens], metadata.query_start_loc[:-1], lengths)
+
+    def _attend_to_shared_prefix(
+        self, q: torch.Tensor, kv: PagedKV, metadata: SparseKMetadata, out: torch.Tensor
+    ) -> None:
+        """Cascade attention: all rows over the shared keys, then each over its own."""
+        prefix = metadata.shared_prefix
+        assert prefix is not None
+        blocks = prefix.length // kv.k.shape[1]
+        shared = self._attend(
+            q,
+            replace(kv, block_table=kv.block_table[:1], seq_lens=prefix.seq_lens),
+            metadata,
+            cu_seqlens_q=prefix.query_start_loc,
+            causal=False,
+            sinks=None,
+            max_seqlen_q=metadata.num_actual_tokens,
+            max_seqlen_k=prefix.length,
+            return_lse=True,
+        )
+        own = self._attend(
+            q,
+            replace(kv, block_table=kv.block_table[:, blocks:], seq_lens=prefix.remaining),
+            metadata,
+            max_seqlen_k=metadata.max_seq_len - prefix.length,
+            return_lse=True,
+        )
+        merge_states(*shared, *own, out=out)
+
+    def _attend_across_ranks(
+        self,
+        q: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv: PagedKV,
+        metadata: SparseKMetadata,
+        out: torch.Tensor,
+    ) -> None:
+        """Decode context parallelism: each rank attends to its share of the earlier keys for the
+        heads of all, and to this step's keys, which all ranks have, for its own.
+        """
+        context = metadata.context
+        assert context is not None
+        own = self._own(key, value, metadata, context.query_lens)
+        own_only = {"max_seqlen_k": metadata.max_query_len}
+        # A captured graph is replayed with other lengths.
+        if context.empty and not (q.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self._attend(q, own, metadata, out=out, **own_only)
+            return
+        earlier, earlier_lse = self._attend(
+            self.ranks.all_gather(q.contiguous(), dim=1),
+            replace(kv, seq_lens=context.seq_lens),
+            metadata,
+            causal=False,
+            sinks=None,
+            max_seqlen_k=context.max_seq_len,
+            return_lse=True,
+        )
+        combine = self.combine if q.is_cuda else _combine_by_all_gather
+        earlier, earlier_lse = combine(
+            earlier, earlier_lse.transpose(0, 1), self.ranks, return_lse=True
+        )
+        own_out, own_lse = self._attend(q, own, metadata, return_lse=True, **own_only)
+        merge_states(earlier, earlier_lse.transpose(0, 1), own_out, own_lse, out=out)
 
     def do_kv_cache_update(
         self,
@@ -393,3 +582,26 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
 
     def _views(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return kv_views(kv_cache, self.num_kv_heads, self.head_size, self.fp8_dtype)
+
+
+def _combine_by_all_gather(
+    out: torch.Tensor, lse: torch.Tensor, ranks: Any, return_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What vLLM's exchanges do, which are for CUDA.
+
+    Args:
+        out: ``[tokens, heads of all ranks, head_size]``, over this rank's keys.
+        lse: ``[tokens, heads of all ranks]``.
+
+    Returns:
+        The same over the keys of all ranks, for this rank's heads.
+    """
+    assert return_lse
+    outs = ranks.all_gather(out.unsqueeze(0), dim=0)
+    lses = ranks.all_gather(lse.contiguous().unsqueeze(0), dim=0)
+    own = lse.shape[1] // ranks.world_size
+    heads = slice(ranks.rank_in_group * own, (ranks.rank_in_group + 1) * own)
+    outs, lses = outs[:, :, heads], lses[:, :, heads]
+    total = torch.logsumexp(lses, 0)
+    shares = (lses - total).exp().nan_to_num_(0).unsqueeze(-1)
+    return (outs.to(shares.dtype) * shares).sum(0).to(out.dtype), total

@@ -77,6 +77,38 @@ def arguments_of(function: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
     return bound.arguments
 
 
+def is_batch_invariant() -> bool:
+    """Whether the operator asks for results that do not depend on the batch."""
+    from vllm import envs
+
+    return bool(envs.VLLM_BATCH_INVARIANT)
+
+
+def context_parallel_group() -> Any:
+    """The ranks among which decode context parallelism (DCP) shares the keys; None without it."""
+    from vllm.distributed import parallel_state
+
+    try:
+        group = parallel_state.get_dcp_group()
+    except AssertionError:  # none is initialised
+        return None
+    return group if group.world_size > 1 else None
+
+
+def context_parallel_combine(vllm_config: Any) -> Any:
+    """vLLM's exchange of attention over each rank's keys, by the way that the operator chose."""
+    try:
+        from vllm.v1.attention.ops import dcp
+
+        ways = {"ag_rs": dcp.cp_lse_ag_out_rs, "a2a": dcp.dcp_a2a_lse_reduce}
+    except ImportError:
+        from vllm.v1.attention.ops.common import cp_lse_ag_out_rs
+        from vllm.v1.attention.ops.dcp_alltoall import dcp_a2a_lse_reduce
+
+        ways = {"ag_rs": cp_lse_ag_out_rs, "a2a": dcp_a2a_lse_reduce}
+    return ways[vllm_config.parallel_config.dcp_comm_backend]
+
+
 def memory_order_is_heads_first() -> bool:
     """Whether vLLM 0.26 or 0.27 stores the tokens of a block head by head (HND)."""
     from vllm.v1.attention.backends import utils

@@ -30,9 +30,9 @@ CUDA_HEAD_DIMS = build.HEAD_DIMS
 SCHEMAS = (
     "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor seq_lens, "
     "Tensor? block_table, Tensor? k_starts, Tensor? q_offsets, Tensor? bias, Tensor? sinks, "
-    "Tensor? k_scale, Tensor? v_scale, Tensor(c!)? workspace, bool hopper, int min_seqlen_q, "
-    "int max_seqlen_q, int max_seqlen_k, float scale, int window_left, int window_right, "
-    "float softcap, Tensor(a!) out, Tensor(b!)? lse) -> ()",
+    "Tensor? k_scale, Tensor? v_scale, Tensor(c!)? workspace, bool hopper, bool batch_invariant, "
+    "int min_seqlen_q, int max_seqlen_q, int max_seqlen_k, float scale, int window_left, "
+    "int window_right, float softcap, Tensor(a!) out, Tensor(b!)? lse) -> ()",
     "attention(Tensor q, Tensor k, Tensor v, Tensor(b!)? workspace, bool hopper, float scale, "
     "Tensor(a!) out) -> ()",
     "write_kv(Tensor key, Tensor value, Tensor(a!) k_cache, Tensor(b!) v_cache, "
@@ -78,6 +78,7 @@ def varlen_attention(
     sinks: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     q_offsets: torch.Tensor | None = None,
+    batch_invariant: bool = False,
     min_seqlen_q: int = 0,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
@@ -110,6 +111,9 @@ def varlen_attention(
         bias: ``[batch, heads, max_q, max_k]``, added to the scores after scale and softcap;
             any strides, so that broadcast dimensions can be expanded views.
         q_offsets: ``[batch]`` int32, position of each request's first query row.
+        batch_invariant: on CUDA, a row's result is the same bits whatever other requests are in
+            the batch, and whether its request's rows come at once or in several calls. Keys of
+            long requests are then not split among multiprocessors, so decoding takes longer.
         min_seqlen_q: no query length is shorter. Where the caller knows that all are long, the
             launch for short ones is saved.
         max_seqlen_q: longest query length. Not given, it is read from ``cu_seqlens_q``, which
@@ -179,6 +183,7 @@ def varlen_attention(
         paged.v_scale if paged else None,
         kernels.workspace(q.device),
         kernels.wants_hopper(get_default_config()),
+        batch_invariant,
         min_seqlen_q,
         max_seqlen_q,
         max_seqlen_k,
@@ -319,6 +324,8 @@ def merge_states(
     lse_a: torch.Tensor,
     out_b: torch.Tensor,
     lse_b: torch.Tensor,
+    *,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over the union of two disjoint sets of keys, from the attention over each.
 
@@ -329,6 +336,7 @@ def merge_states(
         lse_a: ``[heads, tokens]`` float32; -inf where a row saw no key.
         out_b: like ``out_a``.
         lse_b: like ``lse_a``.
+        out: like ``out_a``, to write the result into; it may be ``out_a`` or ``out_b``.
 
     Returns:
         ``(out, lse)``, with 0 and -inf where neither part saw a key.
@@ -347,7 +355,10 @@ def merge_states(
     wide = torch.promote_types(out_a.dtype, torch.float32)
     _check("lse_a", lse_a, (out_a.shape[1], out_a.shape[0]), (wide,), out_a.device)
     path = kernels.path_for(out_a.device)
-    out, lse = torch.empty_like(out_a), torch.empty_like(lse_a)
+    if out is None:
+        out = torch.empty_like(out_a)
+    _check_same("out", out, "out_a", out_a)
+    lse = torch.empty_like(lse_a)
     kernels.ops(out_a.device).merge_states(out_a, lse_a, out_b, lse_b, out, lse)
     stats.record("merge_states", path, out_a.shape[0])
     return out, lse

@@ -32,6 +32,7 @@ def varlen_attention(
     v_scale: torch.Tensor | None,
     workspace: torch.Tensor | None,
     hopper: bool,
+    batch_invariant: bool,
     min_seqlen_q: int,
     max_seqlen_q: int,
     max_seqlen_k: int,
