@@ -1,15 +1,19 @@
 """Writes FEATURES.md and CONFIGURATION.md, from the classes that they speak of.
 
 Usage: generate.py [FOLDER]    (default: this file's)
+       generate.py --ask-peers > peers.json    (on Hopper)
 """
 
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 NOTE = "<!-- Written by docs/generate.py: edit that. -->\n"
 
@@ -66,18 +70,22 @@ effect when it is set, not when a field of it changes later.
 """
 
 
-def features() -> str:
-    from vllm.v1.attention.backend import AttentionType
+PEERS = Path(__file__).parent / "peers.json"
+HEAD_SIZES = (32, 64, 72, 80, 96, 112, 128, 160, 192, 256, 512)
 
-    from sparsek_vllm import build
-    from sparsek_vllm.backends.vllm import SparseKBackend as backend
-    from sparsek_vllm.backends.vllm import SparseKMetadataBuilder as builder
 
-    def yes(value: bool) -> str:
-        return "yes" if value else "no, refused at start-up"
+def ask(backend: Any) -> dict[str, str]:
+    """What a backend class tells vLLM on this machine."""
+    from typing import get_args
 
-    def listed(values: object) -> str:
-        return ", ".join(str(value).removeprefix("torch.") for value in values)  # type: ignore[attr-defined]
+    from vllm.config.cache import CacheDType
+    from vllm.v1.attention.backend import AttentionMetadataBuilder, AttentionType, MultipleOf
+
+    def listed(values: Iterable[object]) -> str:
+        return ", ".join(str(value).removeprefix("torch.") for value in values)
+
+    def yes(value: object) -> str:
+        return "yes" if value else "no"
 
     types = {
         "decoder (causal self-attention)": AttentionType.DECODER,
@@ -87,39 +95,84 @@ def features() -> str:
     }
     graphs = {
         "ALWAYS": "full, any batch",
-        "UNIFORM_BATCH": "full for decoding, also of several speculative tokens; piecewise for "
-        "mixed batches",
+        "UNIFORM_BATCH": "full for decoding, also of several speculative tokens",
+        "UNIFORM_SINGLE_TOKEN_DECODE": "full for decoding of one token",
+        "NEVER": "piecewise",
     }
-    (block,) = backend.get_supported_kernel_block_sizes()
-    rows = [
-        ("head size", listed(build.HEAD_DIMS)),
-        ("of those, Hopper's own kernels", listed(build.HOPPER_HEAD_DIMS)),
-        ("dtype on CUDA", listed(backend.supported_dtypes)),
-        ("dtype on CPU", listed(backend.dtypes(on_cpu=True))),
-        ("KV cache dtype on CUDA", listed(backend.kv_cache_dtypes(on_cpu=False))),
-        ("KV cache dtype on CPU", listed(backend.kv_cache_dtypes(on_cpu=True))),
-        ("block size", f"multiples of {block.base}"),
-        *((name, yes(backend.supports_attn_type(kind))) for name, kind in types.items()),
-        ("sliding window", yes(backend.supports_sliding_window())),
-        ("attention without a causal mask", yes(backend.supports_non_causal())),
-        ("attention sinks", yes(backend.supports_sink())),
-        ("MLA", yes(backend.is_mla())),
-        ("bidirectional prefixes (multimodal)", yes(backend.supports_mm_prefix())),
-        ("batch invariance", yes(backend.supports_batch_invariance())),
-        ("per-head scales of fp8", yes(backend.supports_per_head_quant_scales())),
-        ("KV connectors", yes(backend.supports_kv_connector())),
-        ("decode context parallelism", yes(backend.supports_dcp())),
-        ("CUDA graphs", graphs[builder._cudagraph_support.name]),
-    ]
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    builder, impl = backend.get_builder_cls(), backend.get_impl_cls()
+    # vLLM 0.26's base class has one that says no.
+    own = [kind for kind in builder.__mro__ if kind is not AttentionMetadataBuilder]
+    cascade = any("use_cascade_attention" in vars(kind) for kind in own)
+    return {
+        "head size": listed(n for n in HEAD_SIZES if backend.supports_head_size(n)),
+        "dtype": listed(backend.supported_dtypes),
+        "KV cache dtype": listed(
+            name for name in get_args(CacheDType) if backend.supports_kv_cache_dtype(name)
+        ),
+        "block size": listed(
+            f"multiples of {size.base}" if isinstance(size, MultipleOf) else size
+            for size in backend.get_supported_kernel_block_sizes()
+        ),
+        **{name: yes(backend.supports_attn_type(kind)) for name, kind in types.items()},
+        "sliding window": yes(backend.supports_sliding_window()),
+        "attention without a causal mask": yes(backend.supports_non_causal()),
+        "attention sinks": yes(backend.supports_sink()),
+        "per-head scales of fp8": yes(backend.supports_per_head_quant_scales()),
+        "bidirectional prefixes (multimodal)": yes(backend.supports_mm_prefix()),
+        "batch invariance": yes(backend.supports_batch_invariance()),
+        "cascade attention": yes(cascade),
+        "KV connectors": yes(backend.supports_kv_connector()),
+        "decode context parallelism": yes(impl.can_return_lse_for_decode),
+        "CUDA graphs": graphs[builder._cudagraph_support.name],
+    }
+
+
+def ask_peers() -> dict[str, Any]:
+    """What vLLM's own backends say on this machine, and what it is."""
+    import torch
+    import vllm
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    names = ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN")
+    return {
+        "vllm": vllm.__version__.partition("+")[0],
+        "compute capability": list(torch.cuda.get_device_capability()),
+        "answers": {name: ask(AttentionBackendEnum[name].get_class()) for name in names},
+    }
+
+
+def features() -> str:
+    from sparsek_vllm import build
+    from sparsek_vllm.backends.vllm import SparseKBackend as backend
+
+    # On CUDA, wherever this runs.
+    on_cuda = {
+        "dtype": ", ".join(str(d).removeprefix("torch.") for d in backend.dtypes(on_cpu=False)),
+        "KV cache dtype": ", ".join(backend.kv_cache_dtypes(on_cpu=False)),
+        "batch invariance": "yes" if backend.is_batch_invariant(on_cpu=False) else "no",
+    }
+    peers = json.loads(PEERS.read_text())
+    columns = {"SPARSEK_XFORMERS": ask(backend) | on_cuda, **peers["answers"]}
+    head = " | ".join(columns)
+    table = "\n".join(
+        f"| {row} | {' | '.join(column[row] for column in columns.values())} |"
+        for row in columns["SPARSEK_XFORMERS"]
+    )
+    own = ", ".join(map(str, build.HOPPER_HEAD_DIMS))
+    on_cpu = ", ".join(str(d).removeprefix("torch.") for d in backend.dtypes(on_cpu=True))
     return f"""{NOTE}
 # Features
 
-What the backend tells vLLM, asked of its classes:
+What backends tell vLLM {peers["vllm"]} on Hopper, asked of their classes. What is not there is
+refused at start-up.
 
-| | SPARSEK_XFORMERS |
-| --- | --- |
+| | {head} |
+| ---{" | ---" * len(columns)} |
 {table}
+
+Head sizes {own} run on Hopper's own kernels, the others on the portable ones. The CPU reference
+takes {on_cpu}, and keeps keys and values in {", ".join(backend.kv_cache_dtypes(on_cpu=True))};
+it is not batch-invariant.
 
 What vLLM does around attention, and the test that shows it with this backend:
 
@@ -146,6 +199,9 @@ What vLLM does around attention, and the test that shows it with this backend:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] == ["--ask-peers"]:
+        print(json.dumps(ask_peers(), indent=1))
+        sys.exit()
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
     (folder / "FEATURES.md").write_text(features())
     (folder / "CONFIGURATION.md").write_text(configuration())

@@ -30,12 +30,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         nargs="*",
         metavar="SET",
         help="decode, uneven, multi-query, fp8, prefill, paged-prefill, fp8-prefill, mixed, small, "
-        "floor, serve (default: all; floor on Hopper alone)",
+        "floor, serve, load (default: all; floor on Hopper alone)",
     )
     bench.add_argument("--warm", action="store_true", help="inputs stay in the L2 cache")
-    bench.add_argument("--shape", default="llama-3.1-8b", help="model shape of the serve set")
+    bench.add_argument("--shape", default="llama-3.1-8b", help="model shape of serve and load")
     bench.add_argument(
         "--kv-cache-dtype", default="auto", choices=("auto", "fp8"), help="of the serve set"
+    )
+    bench.add_argument(
+        "--tensor-parallel-size", type=int, default=1, metavar="GPUS", help="of the serve set"
     )
     bench.add_argument("--json", metavar="FILE", help="write everything measured there")
     bench.add_argument("--plots", metavar="FOLDER", help="draw a picture for each set there")
@@ -65,10 +68,10 @@ def _bench(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if not torch.cuda.is_available():
         print("sparsek bench: a CUDA GPU is needed, torch finds none", file=sys.stderr)
         return 1
-    from sparsek_vllm.bench import floor, kernels, report, serving
+    from sparsek_vllm.bench import floor, kernels, load, report, serving
     from sparsek_vllm.core import get_default_config
 
-    known = [*kernels.SETS, "floor", "serve"]
+    known = [*kernels.SETS, "floor", "serve", "load"]
     on_hopper = torch.cuda.get_device_capability()[0] == 9
     chosen = options.sets or [name for name in known if name != "floor" or on_hopper]
     for name in chosen:
@@ -89,11 +92,18 @@ def _bench(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     floors = floor.run(get_default_config().build_path()) if "floor" in chosen else None
     if floors:
         print(floor.table(floors) + "\n", flush=True)
-    served = None
+    served = loads = None
     if "serve" in chosen:
-        served = serving.run(options.shape, kv_cache_dtype=options.kv_cache_dtype)
+        served = serving.run(
+            options.shape,
+            kv_cache_dtype=options.kv_cache_dtype,
+            tensor_parallel_size=options.tensor_parallel_size,
+        )
+    if "load" in chosen:
+        loads = load.run(options.shape)
     if options.json:
-        Path(options.json).write_text(report.as_json(environment, measured, floors, served))
+        text = report.as_json(environment, measured, floors, served, loads)
+        Path(options.json).write_text(text)
     if options.plots:
         for path in report.plot(Path(options.plots), environment, measured):
             print(path)

@@ -143,8 +143,12 @@ class SparseKBackend(AttentionBackend):
 
     @classmethod
     def supports_batch_invariance(cls) -> bool:
-        """On CUDA: vLLM's own layers are not batch-invariant on CPU."""
-        return not current_platform.is_cpu()
+        return cls.is_batch_invariant(current_platform.is_cpu())
+
+    @classmethod
+    def is_batch_invariant(cls, on_cpu: bool) -> bool:
+        """Only the kernels are; neither are vLLM's own layers on CPU."""
+        return not on_cpu
 
     @classmethod
     def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:

@@ -39,7 +39,7 @@ def table(name: str, rows: list[Row]) -> str:
 
 
 def as_json(
-    environment: dict[str, str], sets: dict[str, list[Row]], floor: Any, serving: Any
+    environment: dict[str, str], sets: dict[str, list[Row]], floor: Any, serving: Any, load: Any
 ) -> str:
     kernels = {name: [asdict(row) for row in rows] for name, rows in sets.items()}
     everything = {
@@ -47,6 +47,7 @@ def as_json(
         "kernels": kernels,
         "floor": floor,
         "serving": serving,
+        "load": load,
     }
     return json.dumps(everything, indent=1) + "\n"
 

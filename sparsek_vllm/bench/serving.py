@@ -74,6 +74,7 @@ def run(
     backends: Sequence[str] = (BACKEND_NAME, "FLASH_ATTN"),
     eager: bool = False,
     kv_cache_dtype: str = "auto",
+    tensor_parallel_size: int = 1,
 ) -> list[dict[str, Any]]:
     """Milliseconds per output token and seconds of prefill, for each backend and workload."""
     results = []
@@ -82,6 +83,7 @@ def run(
         "max_num_seqs": max(batch for batch, _ in workloads),
         "enforce_eager": eager,
         "kv_cache_dtype": kv_cache_dtype,
+        "tensor_parallel_size": tensor_parallel_size,
     }
     if not eager:
         sizes = sorted({batch for batch, _ in workloads})
@@ -104,6 +106,7 @@ def run(
                 {
                     "shape": shape,
                     "kv_cache_dtype": kv_cache_dtype,
+                    "tensor_parallel_size": tensor_parallel_size,
                     "batch": batch,
                     "context": context,
                     "ms_per_token": {b: statistics.median(own) for b, own in steps.items()},
@@ -124,7 +127,9 @@ def _line(result: dict[str, Any]) -> str:
     ratio = f", ours / FLASH_ATTN {ours / peer:.3f}" if peer else ""
     prefill = ", ".join(f"{b} {t:.2f}" for b, t in result["prefill_s"].items())
     cache = "" if result["kv_cache_dtype"] == "auto" else f" {result['kv_cache_dtype']}"
-    name = f"{result['shape']}{cache} {result['batch']} x {result['context']}"
+    ranks = result["tensor_parallel_size"]
+    gpus = f" on {ranks} GPUs" if ranks > 1 else ""
+    name = f"{result['shape']}{cache}{gpus} {result['batch']} x {result['context']}"
     return f"{name}: ms a token {shown}{ratio}; prefill s {prefill}"
 
 

@@ -1,0 +1,136 @@
+"""Servers under load: vLLM's own ``vllm bench serve`` against our backend and FLASH_ATTN.
+
+Both servers are alive side by side and take the load in turn, with random weights of a known
+model's shape and CUDA graphs. The demo model lends its tokenizer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsek_vllm.backends.vllm_compat import BACKEND_NAME
+from sparsek_vllm.bench.serving import write_shape
+from sparsek_vllm.demo import SERVED_NAME, Server
+from sparsek_vllm.demo_model import demo_model_path
+
+
+@dataclass(frozen=True)
+class Load:
+    """Requests at once, tokens of each prompt and of each answer, requests in all."""
+
+    concurrency: int
+    prompt: int
+    answer: int
+    requests: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.concurrency} at once, {self.prompt} + {self.answer} tokens"
+
+
+LOADS = (
+    Load(32, 1024, 256, 128),
+    Load(256, 1024, 256, 512),
+    Load(32, 16384, 256, 64),
+    Load(256, 16384, 256, 256),
+)
+METRICS = ("total_token_throughput", "median_ttft_ms", "median_tpot_ms")
+
+
+def run(
+    shape: str,
+    loads: Sequence[Load] = LOADS,
+    backends: Sequence[str] = (BACKEND_NAME, "FLASH_ATTN"),
+    kv_bytes: int = 38 << 30,
+    arguments: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """Throughput, time to the first token and time a token of each load and backend.
+
+    Raises:
+        RuntimeError: a request failed.
+    """
+    results = []
+    longest = max(load.prompt + load.answer for load in loads)
+    settings = (
+        *("--load-format", "dummy", "--max-model-len", str(longest + 64)),
+        *("--max-num-seqs", str(max(load.concurrency for load in loads))),
+        # Told, not measured: the other server takes memory meanwhile.
+        *("--kv-cache-memory-bytes", str(kv_bytes), "--gpu-memory-utilization", "0.1"),
+        *("--no-enable-prefix-caching", *arguments),
+    )
+    with _servers(shape, backends, settings) as (tokenizer, servers):
+        for load in loads:
+            for backend, server in servers.items():
+                measured = _ask(server, tokenizer, load)
+                if measured["completed"] != load.requests:
+                    raise RuntimeError(
+                        f"{backend}, {load.name}: {measured['completed']} of {load.requests} "
+                        "requests were answered"
+                    )
+                kept = {name: measured[name] for name in METRICS}
+                results.append({"shape": shape, "load": load.name, "backend": backend, **kept})
+                print(_line(results[-1]), flush=True)
+        for backend, server in servers.items():
+            print(f"{backend}: paths {server.path_counts()}", flush=True)
+    return results
+
+
+def _line(result: dict[str, Any]) -> str:
+    return (
+        f"{result['shape']} {result['load']}, {result['backend']}: "
+        f"{result['total_token_throughput']:.0f} tokens/s, "
+        f"first token {result['median_ttft_ms']:.1f} ms, "
+        f"a token {result['median_tpot_ms']:.2f} ms"
+    )
+
+
+@contextlib.contextmanager
+def _servers(
+    shape: str, backends: Sequence[str], settings: Sequence[str]
+) -> Iterator[tuple[Path, dict[str, Server]]]:
+    tokenizer = demo_model_path(progress=False)
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        write_shape(folder, shape)
+        arguments = ("--tokenizer", str(tokenizer), *settings)
+        made = {
+            backend: Server(folder, timeout=560, arguments=arguments, backend=backend, eager=False)
+            for backend in backends
+        }
+        with ThreadPoolExecutor() as pool:
+            started = [pool.submit(server.__enter__) for server in made.values()]
+        for one in started:
+            if not one.exception():
+                stack.push(one.result())
+        for one in started:
+            one.result()
+        yield tokenizer, made
+
+
+def _ask(server: Server, tokenizer: Path, load: Load) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            *(sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve"),
+            *("--base-url", server.url, "--model", SERVED_NAME, "--tokenizer", str(tokenizer)),
+            *("--dataset-name", "random", "--random-input-len", str(load.prompt)),
+            *("--random-output-len", str(load.answer), "--ignore-eos", "--seed", "1"),
+            *("--num-prompts", str(load.requests), "--max-concurrency", str(load.concurrency)),
+            *("--num-warmups", "2", "--disable-tqdm", "--temperature", "0"),
+            *("--save-result", "--result-dir", folder, "--result-filename", "result.json"),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True)
+        result = Path(folder, "result.json")
+        if done.returncode or not result.exists():
+            log = done.stdout[-2000:] + done.stderr[-4000:]
+            raise RuntimeError(f"vllm bench serve failed:\n{log}")
+        measured: dict[str, Any] = json.loads(result.read_text())
+    return measured
