@@ -182,15 +182,14 @@ void for_types_and_size(ScalarType type, bool fp8, int64_t head_dim, F f) {
 
 struct LaunchAttention {
   const AttentionParams& p;
-  bool with_prefill, with_decode, hopper;
+  bool with_prefill, with_decode, hopper;  // the last: Hopper's own kernels
   cudaStream_t stream;
 
   template <typename T, typename KV, int kHeadDim>
   void operator()() const {
 #ifdef SPARSEK_SM90
     if constexpr (sm90::has_head_dim(kHeadDim))
-      if (hopper && sm90::has_tensor_map(p.k, p.kv_heads) &&
-          sm90::has_tensor_map(p.v, p.kv_heads)) {
+      if (hopper) {
         const bool plain = p.softcap <= 0 && !p.bias;
         if (with_prefill && plain) check(sm90::prefill<T, KV, kHeadDim>(p, stream));
         if (with_prefill && !plain) check(portable::prefill<T, KV, kHeadDim>(p, stream));
@@ -203,6 +202,31 @@ struct LaunchAttention {
   }
 };
 
+// Which requests are decode's. It alone splits long keys, and reads them once for so many rows;
+// prefill reads them once for many more.
+void share_out_requests(AttentionParams& p, bool hopper, int64_t most_rows) {
+  if (p.batch_invariant) {
+    p.decode_rows = p.long_decode_rows = 0;
+  } else if (p.max_seqlen_k < 1024) {
+    p.decode_rows = p.long_decode_rows = portable::kDecodeRows;
+  } else if (!hopper || p.softcap > 0 || p.bias) {
+    // A few tiles of rows re-read keys from L2 at little cost.
+    p.decode_rows = p.long_decode_rows = 4 * portable::kDecodeRows;
+  } else {
+#ifdef SPARSEK_SM90
+    constexpr int kRows = sm90::kMostDecodeRows;
+    const int64_t tiles = (most_rows + kRows - 1) / kRows * p.batch * p.kv_heads;
+    // Where tiles of all rows leave multiprocessors idle, splitting is quicker even if keys are
+    // read for each. Otherwise it is for requests that the others would wait for.
+    const bool few = 4 * tiles <= 3 * int64_t{p.multiprocessors};
+    p.decode_rows = few ? static_cast<int>(most_rows) : kRows;
+    p.long_decode_rows = few ? p.decode_rows : 2 * kRows;
+    p.long_keys = 32 * 1024;
+#endif
+  }
+  p.most_rows = std::min<int64_t>(most_rows, p.long_decode_rows);
+}
+
 #ifdef SPARSEK_SM90
 // The workspace is measured by the portable kernel, which leaves twice as many parts.
 static_assert(sm90::kMostDecodeRows <=
@@ -214,18 +238,22 @@ static_assert(sm90::kMostDecodeRows <=
 // Batch-invariant, all is prefill's, which splits no keys and whose key tiles depend on the request
 // alone; without slack a row's rescaling does not depend on the others of its warp.
 void run_attention(AttentionParams& p, const Tensor& q, bool fp8, const OptionalTensor& workspace,
-                   bool hopper, bool batch_invariant, int64_t min_seqlen_q) {
+                   bool hopper, int64_t min_seqlen_q) {
   const int64_t head_dim = q.size(q.dim() - 1), most_rows = int64_t{p.max_seqlen_q} * p.group;
   p.group_divisor = FastDivisor(static_cast<uint32_t>(p.group));
-  // A few tiles of rows re-read keys from L2 at little cost, and only decode splits long keys.
-  p.decode_rows = batch_invariant ? 0 : (p.max_seqlen_k >= 1024 ? 4 : 1) * portable::kDecodeRows;
-  p.rescale_slack = batch_invariant ? 0 : kRescaleSlack;
-  p.most_rows = std::min<int64_t>(most_rows, p.decode_rows);
-  const bool with_prefill = most_rows > p.decode_rows;
-  const bool with_decode = !batch_invariant && min_seqlen_q * p.group <= p.decode_rows;
-
+  p.rescale_slack = p.batch_invariant ? 0 : kRescaleSlack;
   const DeviceScope device(q);
   p.multiprocessors = device.multiprocessors();
+#ifdef SPARSEK_SM90
+  hopper = hopper && device.is_hopper() && sm90::has_head_dim(static_cast<int>(head_dim)) &&
+           sm90::has_tensor_map(p.k, p.kv_heads) && sm90::has_tensor_map(p.v, p.kv_heads);
+#else
+  hopper = false;
+#endif
+  share_out_requests(p, hopper, most_rows);
+  const bool with_prefill = most_rows > p.decode_rows;
+  const bool with_decode = !p.batch_invariant && min_seqlen_q * p.group <= p.long_decode_rows;
+
   const int64_t blocks = p.multiprocessors * portable::kDecodeBlocksPerMultiprocessor;
   const int64_t tile_counters = 4, counters = tile_counters + (blocks + 3) / 4 * 4;
   const int64_t floats =
@@ -235,9 +263,8 @@ void run_attention(AttentionParams& p, const Tensor& q, bool fp8, const Optional
   p.tile_counters = static_cast<int*>(workspace->data_ptr());
   p.arrivals = p.tile_counters + tile_counters;
   p.partials = static_cast<float*>(workspace->data_ptr()) + counters;
-  for_types_and_size(
-      q.scalar_type(), fp8, head_dim,
-      LaunchAttention{p, with_prefill, with_decode, hopper && device.is_hopper(), device.stream()});
+  for_types_and_size(q.scalar_type(), fp8, head_dim,
+                     LaunchAttention{p, with_prefill, with_decode, hopper, device.stream()});
 }
 
 void varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
@@ -246,8 +273,9 @@ void varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
                       const OptionalTensor& bias, const OptionalTensor& sinks,
                       const OptionalTensor& k_scale, const OptionalTensor& v_scale,
                       const OptionalTensor& workspace, bool hopper, bool batch_invariant,
-                      int64_t min_seqlen_q, int64_t max_seqlen_q, int64_t max_seqlen_k, double scale, int64_t window_left,
-                      int64_t window_right, double softcap, Tensor out, OptionalTensor lse) {
+                      int64_t min_seqlen_q, int64_t max_seqlen_q, int64_t max_seqlen_k,
+                      double scale, int64_t window_left, int64_t window_right, double softcap,
+                      Tensor out, OptionalTensor lse) {
   const int64_t batch = seq_lens.size(0), total_q = q.size(0);
   if (batch == 0 || total_q == 0) return;
   const int64_t kv_heads = k.size(k.dim() - 2);
@@ -312,7 +340,8 @@ void varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
   p.window_left = static_cast<int>(window_left < unlimited ? window_left : -1);
   p.window_right = static_cast<int>(window_right < unlimited ? window_right : -1);
 
-  run_attention(p, q, fp8, workspace, hopper, batch_invariant, min_seqlen_q);
+  p.batch_invariant = batch_invariant;
+  run_attention(p, q, fp8, workspace, hopper, min_seqlen_q);
 }
 
 // The same number of queries and keys for all, without a mask. All of [B, H, S, D], or all of that
@@ -362,7 +391,7 @@ void attention(const Tensor& q, const Tensor& k, const Tensor& v, const Optional
   p.scale = static_cast<float>(scale);
   p.scale_log2e = static_cast<float>(scale * kLog2e);
   p.window_left = p.window_right = -1;
-  run_attention(p, q, false, workspace, hopper, false, rows);
+  run_attention(p, q, false, workspace, hopper, rows);
 }
 
 void write_kv(const Tensor& key, const Tensor& value, Tensor k_cache, Tensor v_cache,

@@ -79,14 +79,15 @@ struct AttentionParams {
   float softcap;                  // 0: off
   int window_left, window_right;  // -1: no limit
 
-  // Requests with at most this many rows (queries times group) are the decode kernel's, the
-  // others the prefill kernel's.
-  int decode_rows;
-  int64_t most_rows;   // that a request of the decode kernel can have
-  float rescale_slack;  // of the prefill kernels: powers of two by which a maximum may grow
-  float* partials;     // workspace of the decode kernels
-  int* arrivals;       // zero before and after each launch
-  int* tile_counters;  // two, likewise: of Hopper's prefill kernel
+  // Requests with at most decode_rows rows (queries times group) are the decode kernel's, those of
+  // more than long_keys keys with at most long_decode_rows; the others are the prefill kernel's.
+  int decode_rows, long_decode_rows, long_keys;
+  int64_t most_rows;     // that a request of the decode kernel can have
+  bool batch_invariant;  // results of a row do not depend on other rows
+  float rescale_slack;   // of the prefill kernels: powers of two by which a maximum may grow
+  float* partials;       // workspace of the decode kernels
+  int* arrivals;         // zero before and after each launch
+  int* tile_counters;    // two, likewise: of Hopper's prefill kernel
 };
 
 struct WriteParams {

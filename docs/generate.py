@@ -1,7 +1,7 @@
 """Writes FEATURES.md and CONFIGURATION.md, from the classes that they speak of.
 
 Usage: generate.py [FOLDER]    (default: this file's)
-       generate.py --ask-peers > peers.json    (on Hopper)
+       generate.py --ask-peers FILE    (on Hopper: writes peers.json)
 """
 
 from __future__ import annotations
@@ -78,8 +78,11 @@ def ask(backend: Any) -> dict[str, str]:
     """What a backend class tells vLLM on this machine."""
     from typing import get_args
 
+    import torch
+    from vllm.config import VllmConfig
     from vllm.config.cache import CacheDType
     from vllm.v1.attention.backend import AttentionMetadataBuilder, AttentionType, MultipleOf
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
 
     def listed(values: Iterable[object]) -> str:
         return ", ".join(str(value).removeprefix("torch.") for value in values)
@@ -99,6 +102,8 @@ def ask(backend: Any) -> dict[str, str]:
         "UNIFORM_SINGLE_TOKEN_DECODE": "full for decoding of one token",
         "NEVER": "piecewise",
     }
+    config = VllmConfig()
+    spec = FullAttentionSpec(block_size=16, num_kv_heads=8, head_size=128, dtype=torch.bfloat16)
     builder, impl = backend.get_builder_cls(), backend.get_impl_cls()
     # vLLM 0.26's base class has one that says no.
     own = [kind for kind in builder.__mro__ if kind is not AttentionMetadataBuilder]
@@ -123,7 +128,7 @@ def ask(backend: Any) -> dict[str, str]:
         "cascade attention": yes(cascade),
         "KV connectors": yes(backend.supports_kv_connector()),
         "decode context parallelism": yes(impl.can_return_lse_for_decode),
-        "CUDA graphs": graphs[builder._cudagraph_support.name],
+        "CUDA graphs": graphs[builder.get_cudagraph_support(config, spec).name],
     }
 
 
@@ -131,13 +136,16 @@ def ask_peers() -> dict[str, Any]:
     """What vLLM's own backends say on this machine, and what it is."""
     import torch
     import vllm
+    from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     names = ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN")
+    with set_current_vllm_config(VllmConfig()):
+        answers = {name: ask(AttentionBackendEnum[name].get_class()) for name in names}
     return {
         "vllm": vllm.__version__.partition("+")[0],
         "compute capability": list(torch.cuda.get_device_capability()),
-        "answers": {name: ask(AttentionBackendEnum[name].get_class()) for name in names},
+        "answers": answers,
     }
 
 
@@ -184,8 +192,14 @@ What vLLM does around attention, and the test that shows it with this backend:
 | `tests/gpu/soak.py`, by hand |
 | logits softcap, sliding window | `tests/test_vllm_engine.py` | `tests/test_kernels.py` |
 | fp8 KV cache | `tests/test_vllm_engine.py` | `tests/gpu/test_vllm_features.py` |
-| torch.compile, CUDA graphs | | `tests/gpu/test_vllm_features.py` |
-| cross-attention, attention without a causal mask | `tests/test_vllm_attention_types.py` | |
+| torch.compile, every mode of CUDA graphs | | `tests/gpu/test_vllm_features.py` |
+| attention without a causal mask | `tests/test_vllm_attention_types.py` | |
+| shared prefixes (cascade attention) | `tests/test_vllm_attention_types.py` \
+| `tests/gpu/test_vllm_features.py` |
+| batch invariance | `tests/test_kernels.py`, emulated | `tests/gpu/test_vllm_features.py` |
+| tensor and pipeline parallelism | | `tests/gpu/test_vllm_two_gpus.py` |
+| decode context parallelism | `tests/test_vllm_context_parallel.py` \
+| `tests/gpu/test_vllm_two_gpus.py` |
 | speculative decoding: n-gram, draft model | | `tests/gpu/test_vllm_features.py` |
 | sleep mode, async scheduling, both model runners | | `tests/gpu/test_vllm_features.py` |
 
@@ -199,8 +213,8 @@ What vLLM does around attention, and the test that shows it with this backend:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--ask-peers"]:
-        print(json.dumps(ask_peers(), indent=1))
+    if sys.argv[1:2] == ["--ask-peers"]:
+        Path(sys.argv[2]).write_text(json.dumps(ask_peers(), indent=1) + "\n")
         sys.exit()
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
     (folder / "FEATURES.md").write_text(features())

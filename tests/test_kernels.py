@@ -269,3 +269,12 @@ def test_batch_invariance(head_dim: int, fp8: bool, options: dict) -> None:
         for row in (0, 90, 149):
             check(kv, (0, row, row + 1))
             check(kv, (1, 0, 1), (2, 2 * row, 2 * row + 3), (0, row, row + 1))
+
+
+@FP8
+@pytest.mark.parametrize("options", [{}, {"window": (700, -1)}, {"causal": False}], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_few_rows_on_long_keys(head_dim: int, options: dict, fp8: bool) -> None:
+    """Where prefill's tiles would not fill the GPU, decode's parts do."""
+    rows, heads = (100, 8) if ON_GPU else (12, 1)
+    Batch([(rows, 3000)], heads, 4, head_dim, fp8=fp8).check(**options)

@@ -10,7 +10,7 @@ import oracle
 import pytest
 import torch
 from steps import BLOCK, DIM, Layer, layer, step
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config import CUDAGraphMode, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.attention.cross_attention import create_cross_attention_backend
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import CrossAttentionSpec
@@ -84,6 +84,18 @@ def test_causality_of_each_request_is_refused() -> None:
     metadata.causal = torch.ones(1, dtype=torch.int32)
     with pytest.raises(ValueError, match="causal must be True or False for all requests"):
         builder.build(0, metadata)
+
+
+@pytest.mark.parametrize(
+    ("mode", "longest"),
+    [("FULL", 24), ("FULL_DECODE_ONLY", 8), ("FULL_AND_PIECEWISE", 8), ("PIECEWISE", 8)],
+)
+def test_graphs_of_mixed_batches(mode: str, longest: int) -> None:
+    """vLLM captures them with rows spread evenly over requests, and replays them with any."""
+    builder, _ = layer(HEADS, HEADS)
+    builder.vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode[mode]
+    metadata = step([8, 8, 8], [0, 0, 0], [0], torch.zeros(3, 1, dtype=torch.int32))
+    assert builder.build_for_cudagraph_capture(metadata).max_query_len == longest
 
 
 @pytest.mark.parametrize("sinks", [False, True])

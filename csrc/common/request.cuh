@@ -65,6 +65,10 @@ struct Request {
     offset = start + (p.q_offsets ? p.q_offsets[b] : keys - queries);
   }
 
+  __device__ bool is_decode(const AttentionParams& p) const {
+    return rows <= (end - start > p.long_keys ? p.long_decode_rows : p.decode_rows);
+  }
+
   // Keys that the queries first to last see, together.
   __device__ KeyRange keys(const AttentionParams& p, int first, int last) const {
     KeyRange range{start, end};

@@ -26,7 +26,7 @@ struct RequestUnits {
 
   __device__ RequestUnits(const AttentionParams& p, const Request& request) {
     row_tiles = (request.rows + kRows - 1) / kRows;
-    if (request.rows > p.decode_rows) row_tiles = 0;
+    if (!request.is_decode(p)) row_tiles = 0;
     const KeyRange keys = request.keys(p, 0, p.group_divisor(max(request.rows, 1) - 1));
     keys_begin = keys.begin & ~(kAlignment - 1);
     // Rows that see no key have a unit too: somebody must write their zeros.

@@ -7,11 +7,11 @@
 
 namespace sparsek::portable {
 
-// Requests of more than params.decode_rows rows.
+// Requests that are not Request::is_decode().
 template <typename T, typename KV, int kHeadDim>
 cudaError_t prefill(const AttentionParams& params, cudaStream_t stream);
 
-// Requests of at most params.decode_rows rows.
+// Requests that are.
 template <typename T, typename KV, int kHeadDim>
 cudaError_t decode(const AttentionParams& params, cudaStream_t stream);
 

@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(Shape<KV, kHeadDim, kGeneral>::kThreads,
   const int b = request_of_tile<kBlockM>(p, tile);
   const int row0 = (tile - first_tile<kBlockM>(p, b)) * kBlockM;
   const Request request(p, b);
-  if (row0 >= request.rows || request.rows <= p.decode_rows) return;
+  if (row0 >= request.rows || request.is_decode(p)) return;
 
   const int thread = threadIdx.x, warp = thread / 32;
   int lane = thread % 32;
@@ -149,8 +149,11 @@ __global__ void __launch_bounds__(Shape<KV, kHeadDim, kGeneral>::kThreads,
   } constants;
   if (threadIdx.x == 0) {
     const int first_slice = keys_begin + (keys.begin - keys_begin) / 16 * 16;
-    constants = {
-        b, row0, keys.begin, first_slice, {request.keys(p, last).begin, request.keys(p, first).end}};
+    constants = {b,
+                 row0,
+                 keys.begin,
+                 first_slice,
+                 {request.keys(p, last).begin, request.keys(p, first).end}};
   }
   __syncthreads();
 

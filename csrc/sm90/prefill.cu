@@ -90,11 +90,10 @@ struct Place {
   }
 };
 
-// Tiles of a request. Those of few rows are the decode kernel's.
 template <int kBlockM>
 __device__ int tiles_of(const AttentionParams& p, int b) {
-  const int rows = (first_query(p, b + 1) - first_query(p, b)) * p.group;
-  return rows > p.decode_rows ? (rows + kBlockM - 1) / kBlockM : 0;
+  const Request request(p, b);
+  return request.is_decode(p) ? 0 : (request.rows + kBlockM - 1) / kBlockM;
 }
 
 template <int kThreads>
@@ -713,6 +712,7 @@ cudaError_t launch(const PrefillParams& d, cudaStream_t stream) {
 // How many warpgroups a block has: as many as share their keys well, fewer where that leaves
 // multiprocessors idle or tiles half empty. Requests are taken to be as long as the longest.
 int choose_groups(const AttentionParams& p, int most) {
+  if (p.batch_invariant) return 2;  // others are compiled apart, and may round otherwise
   const int64_t rows = int64_t{p.max_seqlen_q} * p.group;
   const int64_t requests = (p.total_q + p.max_seqlen_q - 1) / p.max_seqlen_q;
   int best = most;

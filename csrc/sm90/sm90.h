@@ -20,12 +20,12 @@ inline bool has_tensor_map(const KVTensor& tensor, int kv_heads) {
          fits(tensor.blocks, tensor.stride_block);
 }
 
-// Requests of more than params.decode_rows rows, where both k and v have a tensor map; without
-// softcap and bias.
+// Requests that are not Request::is_decode(), where both k and v have a tensor map; without softcap
+// and bias.
 template <typename T, typename KV, int kHeadDim>
 cudaError_t prefill(const AttentionParams& params, cudaStream_t stream);
 
-// Requests of at most params.decode_rows rows, where both k and v have a tensor map.
+// Requests that are, where both k and v have a tensor map.
 template <typename T, typename KV, int kHeadDim>
 cudaError_t decode(const AttentionParams& params, cudaStream_t stream);
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from vllm.config import get_current_vllm_config
+from vllm.config import CUDAGraphMode, get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
@@ -303,6 +303,16 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
             shared_prefix=prefix,
             context=context,
         )
+
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> SparseKMetadata:
+        metadata = self.build(0, common_attn_metadata)
+        mode = self.vllm_config.compilation_config.cudagraph_mode
+        if mode.mixed_mode() == CUDAGraphMode.FULL:
+            # Replayed with as many tokens, of whatever requests.
+            metadata.max_query_len = metadata.num_actual_tokens
+        return metadata
 
     def _local_context(self, common: CommonAttentionMetadata) -> LocalContext:
         world, rank, interleave = self.ranks.world_size, self.ranks.rank_in_group, self.interleave

@@ -1,13 +1,16 @@
-"""The blocks of README and docs that need a GPU."""
+"""The blocks of README and docs that need a GPU, and what the table of features was told there."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import documents
 import pytest
 from documents import Block
 
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 BLOCKS = [b for b in documents.blocks() if b.needs == {"a GPU"}]
 
 
@@ -19,3 +22,9 @@ def test_block_runs(block: Block, model: Path, tmp_path: Path) -> None:
                 assert documents.run(client, model, tmp_path).strip()
     else:
         documents.run(block, model, tmp_path)
+
+
+def test_other_backends_say_what_is_written(tmp_path: Path) -> None:
+    told = tmp_path / "peers.json"
+    subprocess.run([sys.executable, DOCS / "generate.py", "--ask-peers", told], check=True)
+    assert told.read_text() == (DOCS / "peers.json").read_text()

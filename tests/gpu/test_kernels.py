@@ -102,6 +102,13 @@ def test_many_tiles(head_dim: int, window: tuple[int, int], fp8: bool) -> None:
     batch.check(causal=window != (100, 30), window=window)
 
 
+@pytest.mark.parametrize("fp8", [False, True], ids=["16-bit", "fp8"])
+def test_one_long_request_among_many(fp8: bool) -> None:
+    """Of as many rows as the others: it alone is split, and they are prefill's."""
+    lengths = [(16, 40000), *[(16, 900 + i) for i in range(20)], (1, 33000), (9, 33000), (8, 100)]
+    Batch(lengths, 8, 4, 64, fp8=fp8).check()
+
+
 def test_the_kernels_that_run() -> None:
     """The path is named before the dispatch: what did it launch?"""
     batch = Batch([(1, 2000), (300, 600)], 2, 4, 64)

@@ -1,7 +1,7 @@
 """What vLLM can do around attention, with our backend on the GPU: the tokens stay the same.
 
-Each configuration runs in a process of its own; its greedy tokens are those of the plain run, up
-to places where the plain run's two best tokens were near each other.
+Each configuration runs in a process of its own, all of them at once; its greedy tokens are those of
+the plain run, up to places where the plain run's two best tokens were near each other.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import encoder
 import pytest
 import torch
+from engine import engine_environment
 from target import PATH
 
 pytest.importorskip("vllm")
@@ -47,7 +49,7 @@ def tokens(llm, prompts):
     return answers
 
 if __name__ == "__main__":
-    model, settings, prompts, action = sys.argv[1], *map(json.loads, sys.argv[2:])
+    model, settings, prompts, action = json.load(sys.stdin)
     backend = settings.pop("backend", "SPARSEK_XFORMERS")
     dtype = settings.pop("dtype", "float16")
     llm = LLM(model, dtype=dtype, max_model_len=1024, gpu_memory_utilization=0.1,
@@ -67,25 +69,30 @@ LIGHT = {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
 KV = {"kv_cache_memory_bytes": 2 << 30}
 
 
-def run(model: Path, settings: dict[str, Any], action: str = "", **environment: str) -> Any:
-    arguments = [json.dumps(x) for x in ({**KV, **settings}, PROMPTS, action)]
+def run(
+    model: Path,
+    settings: dict[str, Any],
+    action: str = "",
+    prompts: list[str] = PROMPTS,
+    also: tuple[str, ...] = (),
+    **environment: str,
+) -> Any:
+    """Tokens, gaps to the second best and logprobs. Ops of ``also`` run beside the usual two."""
+    settings = json.loads(json.dumps(settings).replace('"MODEL"', json.dumps(str(model))))
     done = subprocess.run(
-        [sys.executable, "-c", RUN, str(model), *arguments],
+        [sys.executable, "-c", RUN],
+        input=json.dumps([str(model), {**KV, **settings}, prompts, action]),
         capture_output=True,
         text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+        env={**os.environ, **engine_environment(), **environment},
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
     assert lines, done.stdout[-3000:] + done.stderr[-6000:]
     result = json.loads(lines[0].removeprefix("RESULT"))
     if "backend" not in settings:
-        assert set(result["paths"]) == {f"varlen_attention:{PATH}", f"write_kv:{PATH}"}
+        ops = ("varlen_attention", "write_kv", *also)
+        assert set(result["paths"]) == {f"{op}:{PATH}" for op in ops}
     return result["answers"]
-
-
-@pytest.fixture(scope="module")
-def plain(model: Path) -> Any:
-    return run(model, {"enforce_eager": True, "enable_prefix_caching": False})
 
 
 CONFIGURATIONS: dict[str, tuple[dict[str, Any], str, dict[str, str]]] = {
@@ -93,6 +100,14 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], str, dict[str, str]]] = {
     "compiled, full and piecewise graphs": ({}, "", {}),
     "compiled, piecewise graphs": (
         {"compilation_config": {"cudagraph_mode": "PIECEWISE"}}, "", {},
+    ),
+    "compiled, no graphs": ({"compilation_config": {"cudagraph_mode": "NONE"}}, "", {}),
+    "full graphs for all batches": (
+        {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL"}}, "", {},
+    ),
+    "full graphs for all batches, model runner V1": (
+        {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL"}},
+        "", {"VLLM_USE_V2_MODEL_RUNNER": "0"},
     ),
     "small chunks": ({**LIGHT, "max_num_batched_tokens": 128, "max_num_seqs": 16}, "", {}),
     "pages of 64": ({**LIGHT, "block_size": 64}, "", {}),
@@ -118,14 +133,53 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], str, dict[str, str]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_tokens_stay_the_same(name: str, plain: Any, model: Path) -> None:
-    settings, action, environment = CONFIGURATIONS[name]
-    settings = json.loads(json.dumps(settings).replace('"MODEL"', json.dumps(str(model))))
-    answers = run(model, settings, action, **environment)
+PLAIN = {"enforce_eager": True, "enable_prefix_caching": False}
+
+
+@pytest.fixture(scope="module")
+def runs(request: pytest.FixtureRequest, model: Path) -> Iterator[dict[str, Future[Any]]]:
+    """Those of the configurations that are tested, and ``plain``."""
+    chosen = {
+        item.callspec.params.get("name")
+        for item in request.session.items
+        if hasattr(item, "callspec")
+    }
+    with ThreadPoolExecutor(8) as pool:
+        yield {"plain": pool.submit(run, model, PLAIN)} | {
+            name: pool.submit(run, model, settings, action, **environment)
+            for name, (settings, action, environment) in CONFIGURATIONS.items()
+            if name in chosen
+        }
+
+
+@pytest.fixture(scope="module")
+def plain(runs: dict[str, Future[Any]]) -> Any:
+    return runs["plain"].result()
+
+
+def assert_same(answers: Any, plain: Any) -> None:
     for (tokens, _, _), (expected, gaps, _) in zip(answers, plain, strict=True):
         split = next((i for i, t in enumerate(tokens) if t != expected[i]), None)
         assert split is None or gaps[split] < NEAR, (split, gaps[split])
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_tokens_stay_the_same(name: str, plain: Any, runs: dict[str, Future[Any]]) -> None:
+    assert_same(runs[name].result(), plain)
+
+
+def test_shared_prefix(model: Path) -> None:
+    """Cascade attention, which only the first model runner has."""
+    prefix = "The grass is green. The sky is blue. The sun is yellow. Here we go. " * 30
+    prompts = [f"{prefix}{n} and {n + 1} and" for n in range(64)]
+    v1 = {"prompts": prompts, "VLLM_USE_V2_MODEL_RUNNER": "0"}
+    eager = {"enforce_eager": True}
+    with ThreadPoolExecutor() as pool:
+        off = pool.submit(run, model, eager, **v1)
+        on = pool.submit(
+            run, model, {**eager, "disable_cascade_attn": False}, also=("merge_states",), **v1
+        )
+    assert_same(on.result(), off.result())
 
 
 def test_fp8_cache(plain: Any, model: Path) -> None:
