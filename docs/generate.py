@@ -184,7 +184,7 @@ it is not batch-invariant.
 
 What vLLM does around attention, and the test that shows it with this backend:
 
-| | on CPU, in CI | on an H200 |
+| | on CPU, in CI | on Hopper |
 | --- | --- | --- |
 | chunked prefill, prefix caching, mixed batches, preemption | `tests/test_vllm_engine.py` \
 | `tests/gpu/test_vllm_features.py` |
@@ -196,7 +196,10 @@ What vLLM does around attention, and the test that shows it with this backend:
 | attention without a causal mask | `tests/test_vllm_attention_types.py` | |
 | shared prefixes (cascade attention) | `tests/test_vllm_attention_types.py` \
 | `tests/gpu/test_vllm_features.py` |
-| batch invariance | `tests/test_kernels.py`, emulated | `tests/gpu/test_vllm_features.py` |
+| batch invariance | `tests/test_kernels.py`, emulated | `tests/gpu/test_vllm_models.py` |
+| popular models' shapes: Gemma 2 and 3, Mistral, gpt-oss, Phi, Llama, Qwen, Granite 4 (Mamba), \
+Whisper, a LoRA adapter | `tests/test_vllm_models.py` | `tests/gpu/test_vllm_models.py` |
+| LLaVA, weights in fp8, keys offloaded to the host | | `tests/gpu/test_vllm_models.py` |
 | tensor and pipeline parallelism | | `tests/gpu/test_vllm_two_gpus.py` |
 | decode context parallelism | `tests/test_vllm_context_parallel.py` \
 | `tests/gpu/test_vllm_two_gpus.py` |
@@ -205,7 +208,7 @@ What vLLM does around attention, and the test that shows it with this backend:
 
 | GPU | |
 | --- | --- |
-| Hopper (sm_90) | runs, tested on an H200 |
+| Hopper (sm_90) | runs, tested on an H100 and an H200 |
 | Blackwell (sm_100, sm_103) | compiles, never run |
 | later, and sm_120 | through PTX, never run |
 | older | refused |

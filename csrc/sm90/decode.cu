@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (!d.joined) prefetch_tensor_map(&d.v);
     for (int i = 0; i < S::kStages; ++i) {
       mbarrier_init(&shared.full[i], 1);
-      mbarrier_init(&shared.empty[i], kWide ? kWarps : kWarpsOfGroup);
+      mbarrier_init(&shared.empty[i], kWarpArrivals * (kWide ? kWarps : kWarpsOfGroup));
     }
     mbarrier_fence_init();
   }
@@ -376,8 +376,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           }
         }
       }
-      __syncwarp();
-      if (lane == 0) mbarrier_arrive(&shared.empty[stage]);
+      warp_arrive(&shared.empty[stage]);
       stage += kWide ? 1 : kGroups;
       if (stage >= S::kStages) stage -= S::kStages, phase ^= 1;
     }

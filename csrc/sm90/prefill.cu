@@ -205,7 +205,11 @@ struct Loader {
       mbarrier_wait(kValues ? &shared.v_empty[stage] : &shared.k_empty[stage], place.phase ^ 1);
       uint64_t* arrival = unseen ? &shared.landed : full;
       if (S::kFp8) arrival = kValues ? &shared.v_landed[stage] : &shared.k_landed[stage];
-      if (lane == 0) mbarrier_arrive_expect(arrival, S::kArrivingBytes);
+      if (lane == 0) {
+        mbarrier_arrive_expect(arrival, S::kArrivingBytes);
+      } else if (kWarpArrivals > 1 && arrival == full) {
+        mbarrier_arrive(full);
+      }
       __syncwarp();
       if (row < kBlockN) {
         tensor_copy((kValues ? shared.v : shared.k)[stage] + offset, map, arrival, 0, address.token,
@@ -220,8 +224,7 @@ struct Loader {
           *reinterpret_cast<uint4*>(shared.v[stage] + r * kChunkBytes + lane % 8 * 16) = uint4{};
         }
         fence_for_async();
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive(full);
+        warp_arrive(full);
       }
       place.advance();
     }
@@ -234,8 +237,7 @@ struct Loader {
       const Tile<S::kGroups>& tile = shared.tiles[tiles.index];
       if (tile.request.index == kEnd) return;
       load(tile);
-      __syncwarp();
-      if (threadIdx.x % 32 == 0) mbarrier_arrive(&shared.q_empty[tiles.index]);
+      warp_arrive(&shared.q_empty[tiles.index]);
     }
   }
 };
@@ -285,14 +287,12 @@ __device__ void widen(char* place, int warp, KeyRange seen) {
     }
   }
   fence_for_async();
-  __syncwarp();
 }
 
 // The warpgroup that does so with all tiles of the block.
 template <typename S>
 __device__ void widen_all(Shared<S>& shared) {
   const int warp = threadIdx.x % 128 / 32;
-  const bool leads = threadIdx.x % 32 == 0;
   Place<S::kStages> place;
   for (Place<2> tiles;; tiles.advance()) {
     mbarrier_wait(&shared.tile_full[tiles.index], tiles.phase);
@@ -304,13 +304,12 @@ __device__ void widen_all(Shared<S>& shared) {
       const KeyRange seen{keys.begin - key0, keys.end - key0};
       mbarrier_wait(&shared.k_landed[place.index], place.phase);
       widen<S, false>(shared.k[place.index], warp, seen);
-      if (leads) mbarrier_arrive(&shared.k_full[place.index]);
+      warp_arrive(&shared.k_full[place.index]);
       mbarrier_wait(&shared.v_landed[place.index], place.phase);
       widen<S, true>(shared.v[place.index], warp, seen);
-      if (leads) mbarrier_arrive(&shared.v_full[place.index]);
+      warp_arrive(&shared.v_full[place.index]);
     }
-    __syncwarp();
-    if (leads) mbarrier_arrive(&shared.q_empty[tiles.index]);
+    warp_arrive(&shared.q_empty[tiles.index]);
   }
 }
 
@@ -353,8 +352,7 @@ __device__ void load_queries(const PrefillParams& d, Shared<S>& shared, int thre
       copy_async_wait<0>();
       fence_for_async();
     }
-    __syncwarp();
-    if (thread % 32 == 0) mbarrier_arrive(&shared.q_full[tiles.index]);
+    warp_arrive(&shared.q_full[tiles.index]);
     if (end) break;
   }
   // The last block leaves the counters as it found them.
@@ -425,10 +423,6 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
   const auto pass_turn = [&] {
     if (kGroups > 2) barrier_arrive<256>(kFirstTurn + (group + 1 == kGroups ? 0 : group + 1));
   };
-  const auto release = [&](uint64_t* barrier) {
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(barrier);
-  };
   if (group == kGroups - 1) pass_turn();
 
   Place<2> q_place;
@@ -444,11 +438,11 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
   };
 
   const auto release_keys = [&] {
-    release(&shared.k_empty[k_place.index]);
+    warp_arrive(&shared.k_empty[k_place.index]);
     k_place.advance();
   };
   const auto release_values = [&] {
-    release(&shared.v_empty[v_place.index]);
+    warp_arrive(&shared.v_empty[v_place.index]);
     v_place.advance();
   };
   const auto issue_scores = [&] {
@@ -602,7 +596,7 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
     }
     const int rows = tile.request.rows, q_begin = tile.request.q_begin, kv_head = tile.kv_head;
     const int first_row = tile.row0 + group_row + warp_row + lane / 4;
-    release(&shared.q_empty[q_place.index]);
+    warp_arrive(&shared.q_empty[q_place.index]);
     if (count > 0) {
       mbarrier_wait(&shared.v_full[v_place.index], v_place.phase);
       wgmma_fence();
@@ -656,15 +650,15 @@ __global__ void __launch_bounds__(Shape<KV, kHeadDim, kGroups>::kThreads, 1)
     constexpr int kWarps = 4 * kGroups;  // that compute
     for (int i = 0; i < 2; ++i) {
       mbarrier_init(&shared.tile_full[i], 1);
-      mbarrier_init(&shared.q_full[i], 2);  // of the warps that bring queries
+      mbarrier_init(&shared.q_full[i], 2 * kWarpArrivals);  // of the warps that bring queries
       // And those of keys and values, and those that widen them.
-      mbarrier_init(&shared.q_empty[i], kWarps + 2 + (S::kFp8 ? 4 : 0));
+      mbarrier_init(&shared.q_empty[i], (kWarps + 2 + (S::kFp8 ? 4 : 0)) * kWarpArrivals);
     }
     for (int i = 0; i < S::kStages; ++i) {
-      mbarrier_init(&shared.k_full[i], S::kFp8 ? 4 : 1);
-      mbarrier_init(&shared.k_empty[i], kWarps);
-      mbarrier_init(&shared.v_full[i], S::kFp8 ? 4 : 1);
-      mbarrier_init(&shared.v_empty[i], kWarps);
+      mbarrier_init(&shared.k_full[i], (S::kFp8 ? 4 : 1) * kWarpArrivals);
+      mbarrier_init(&shared.k_empty[i], kWarps * kWarpArrivals);
+      mbarrier_init(&shared.v_full[i], (S::kFp8 ? 4 : 1) * kWarpArrivals);
+      mbarrier_init(&shared.v_empty[i], kWarps * kWarpArrivals);
       mbarrier_init(&shared.k_landed[i], 1);
       mbarrier_init(&shared.v_landed[i], 1);
     }

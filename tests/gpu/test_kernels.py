@@ -333,11 +333,13 @@ def test_compute_sanitizer(tool: str) -> None:
     root = Path(__file__).resolve().parent.parent.parent
     # initcheck has to see who wrote the inputs; the others look at our kernels alone.
     ours = [] if tool == "initcheck" else ["--kernel-name", "kns=sparsek"]
+    # See warp_arrive() in csrc/common/hopper.cuh.
+    assertions = {"BSK_DEBUG": "1"} if tool == "racecheck" else {}
     done = subprocess.run(
         ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", *ours,
          sys.executable, "-c", SANITIZED],
         capture_output=True, text=True, cwd=root,
-        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", **assertions},
     )  # fmt: skip
     assert "all launched" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.returncode == 0, done.stdout[-4000:]
