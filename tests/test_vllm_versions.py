@@ -92,7 +92,8 @@ def test_metadata_fields_that_the_builder_reads(version: str) -> None:
     has = {item.target.id for item in node.body if isinstance(item, ast.AnnAssign)}
     assert {
         *("num_actual_tokens", "max_query_len", "max_seq_len", "query_start_loc"),
-        *("seq_lens", "block_table_tensor", "slot_mapping", "causal"),
+        *("seq_lens", "block_table_tensor", "slot_mapping", "causal", "num_reqs"),
+        *("query_start_loc_cpu", "seq_lens_cpu_upper_bound"),
     } <= has
 
 
@@ -186,6 +187,40 @@ print(AttentionConfig(backend=value).backend.name)
 def test_name_is_accepted_on_the_command_line(version: str) -> None:
     code = COMMAND_LINE.format(source=str(sources(version)))
     assert run_with(version, code).strip().splitlines()[-1] == "SPARSEK_XFORMERS"
+
+
+CONFIGURATIONS = """
+import torch
+from vllm.v1.attention.selector import AttentionSelectorConfig
+from sparsek_vllm.backends.vllm import SparseKBackend
+assert {source!r} in __import__("vllm.v1.attention.selector").__file__
+def reasons(**changes):
+    asked = dict(head_size=128, dtype=torch.bfloat16, kv_cache_dtype="fp8", block_size=16)
+    selected = AttentionSelectorConfig(**(asked | changes))._asdict()
+    return SparseKBackend.validate_configuration(device_capability=None, **selected)
+print(reasons(has_sink=True, has_sliding_window=True, use_kv_connector=True))
+print(reasons(head_size=72))
+"""
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_configurations(version: str) -> None:
+    code = CONFIGURATIONS.format(source=str(sources(version)))
+    sizes = "64, 80, 96, 112, 128, 192, 256"
+    assert run_with(version, code).splitlines()[-2:] == [
+        "[]", f"['head_size 72 not supported (allowed: {sizes})']",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_steps_of_a_layer(version: str) -> None:
+    """Our classes over that version's metadata, groups of ranks and cache layouts."""
+    tests = ["test_vllm_attention_types.py", "test_vllm_context_parallel.py"]
+    if version != "0.26.0":  # which has one layout
+        tests.append("test_kv_cache.py")
+    paths = [str(Path(__file__).parent / name) for name in tests]
+    code = f"import pytest; print(int(pytest.main(['-q', '-p', 'no:cacheprovider', *{paths}])))"
+    assert run_with(version, code).splitlines()[-1] == "0"
 
 
 def test_arguments_by_name() -> None:

@@ -99,22 +99,18 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["llama 3.2 1b", "llama 3.1 8b", "heads of 192"])
-def test_batch_invariance(name: str, model: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The same bits whatever the batch is, at least where FLASH_ATTN's are the same: products in
-    other layers are cuBLAS's.
-    """
+def test_batch_invariance(model: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The same bits whatever the batch is. What FLASH_ATTN's do is shown beside ours."""
 
     def bits(case: tuple[str, str]) -> Any:
         backend, way = case
         folder = tmp_path_factory.mktemp("model")
         invariant = {"VLLM_BATCH_INVARIANT": "1"}
-        return serve(name, backend, model, folder, invariant, **WAYS[way])["answers"]
+        return serve("llama 3.2 1b", backend, model, folder, invariant, **WAYS[way])["answers"]
 
     cases = [(backend, way) for backend in (OURS, PEER) for way in WAYS]
     with ThreadPoolExecutor(len(cases)) as pool:
         answers = dict(zip(cases, pool.map(bits, cases), strict=True))
     same = {(who, way): answers[who, way] == answers[who, "together"] for who, way in cases}
     print(same)
-    for way in WAYS:
-        assert same[OURS, way] or not same[PEER, way], way
+    assert all(same[OURS, way] for way in WAYS)
