@@ -55,12 +55,12 @@ def answers(
     """What the two backends make of every model that is tested."""
     items: list[Any] = [item for item in request.session.items if item.path == request.path]
     with ThreadPoolExecutor(12) as pool:
-        named = [item.callspec.params.get("name") for item in items]
+        named = [i.callspec.params["name"] for i in items if hasattr(i, "callspec")]
         yield {
             (name, backend): pool.submit(
                 serve, name, backend, model, tmp_path_factory.mktemp("model")
             )
-            for name in filter(None, named)
+            for name in named
             for backend in (OURS, PEER)
         }
         pool.shutdown(cancel_futures=True)
