@@ -24,7 +24,7 @@ test-gpu: $(READY)
 	$(BIN)/python -m pytest $(ON_KERNELS) -m on_kernels
 	BSK_KERNELS=portable $(BIN)/python -m pytest $(ON_KERNELS) -m on_kernels
 	BSK_KERNELS=portable $(BIN)/python -m pytest tests/gpu/test_kernels.py
-	$(BIN)/python -m pytest tests/test_utils.py
+	$(BIN)/python -m pytest tests/test_utils.py tests/test_vllm_batches.py
 	$(BIN)/python -m pytest tests/gpu
 
 # The documentation site; a warning is an error.

@@ -30,9 +30,9 @@ def step(
     bounds = torch.tensor([0, *rows]).cumsum(0).int()
     lengths = torch.tensor([a + b for a, b in zip(rows, computed, strict=True)], dtype=torch.int32)
     return CommonAttentionMetadata(
-        query_start_loc=bounds,
+        query_start_loc=bounds.to(table.device),
         query_start_loc_cpu=bounds,
-        seq_lens=lengths,
+        seq_lens=lengths.to(table.device),
         seq_lens_cpu_upper_bound=lengths,
         num_reqs=len(rows),
         num_actual_tokens=sum(rows),
@@ -46,14 +46,20 @@ def step(
 
 
 def layer(
-    heads: int, kv_heads: int, config: VllmConfig | None = None, **settings: Any
+    heads: int,
+    kv_heads: int,
+    config: VllmConfig | None = None,
+    head_dim: int = DIM,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    **settings: Any,
 ) -> tuple[SparseKMetadataBuilder, SparseKImpl]:
     """A decoder's builder and implementation."""
     config = config or VllmConfig()
     spec = FullAttentionSpec(
-        block_size=BLOCK, num_kv_heads=kv_heads, head_size=DIM, dtype=torch.float32
+        block_size=BLOCK, num_kv_heads=kv_heads, head_size=head_dim, dtype=dtype
     )
     with set_current_vllm_config(config):
-        builder = SparseKBackend.get_builder_cls()(spec, ["layer"], config, torch.device("cpu"))
-        impl = SparseKBackend.get_impl_cls()(heads, DIM, DIM**-0.5, kv_heads, **settings)
+        builder = SparseKBackend.get_builder_cls()(spec, ["layer"], config, torch.device(device))
+        impl = SparseKBackend.get_impl_cls()(heads, head_dim, head_dim**-0.5, kv_heads, **settings)
     return builder, impl
