@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <limits>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -202,9 +203,10 @@ struct LaunchAttention {
   }
 };
 
-// Which requests are decode's. It alone splits long keys, and reads them once for so many rows;
-// prefill reads them once for many more.
+// Which requests are decode's. It alone splits long keys, and on Hopper reads them once for every
+// kMostDecodeRows rows; prefill reads them once for many more.
 void share_out_requests(AttentionParams& p, bool hopper, int64_t most_rows) {
+  p.long_keys = 32 * 1024;
   if (p.batch_invariant) {
     p.decode_rows = p.long_decode_rows = 0;
   } else if (p.max_seqlen_k < 1024) {
@@ -219,9 +221,8 @@ void share_out_requests(AttentionParams& p, bool hopper, int64_t most_rows) {
     // Where tiles of all rows leave multiprocessors idle, splitting is quicker even if keys are
     // read for each. Otherwise it is for requests that the others would wait for.
     const bool few = 4 * tiles <= 3 * int64_t{p.multiprocessors};
-    p.decode_rows = few ? static_cast<int>(most_rows) : kRows;
+    p.decode_rows = few ? std::numeric_limits<int>::max() : kRows;
     p.long_decode_rows = few ? p.decode_rows : 2 * kRows;
-    p.long_keys = 32 * 1024;
 #endif
   }
   p.most_rows = std::min<int64_t>(most_rows, p.long_decode_rows);

@@ -30,15 +30,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         nargs="*",
         metavar="SET",
         help="decode, uneven, multi-query, fp8, prefill, paged-prefill, fp8-prefill, mixed, small, "
-        "floor, serve, load (default: all; floor on Hopper alone)",
+        "floor, serve, load (default: all but load; floor on Hopper alone)",
     )
     bench.add_argument("--warm", action="store_true", help="inputs stay in the L2 cache")
     bench.add_argument("--shape", default="llama-3.1-8b", help="model shape of serve and load")
     bench.add_argument(
-        "--kv-cache-dtype", default="auto", choices=("auto", "fp8"), help="of the serve set"
+        "--kv-cache-dtype", default="auto", choices=("auto", "fp8"), help="of serve and load"
     )
     bench.add_argument(
-        "--tensor-parallel-size", type=int, default=1, metavar="GPUS", help="of the serve set"
+        "--tensor-parallel-size", type=int, default=1, metavar="GPUS", help="of serve and load"
     )
     bench.add_argument("--json", metavar="FILE", help="write everything measured there")
     bench.add_argument("--plots", metavar="FOLDER", help="draw a picture for each set there")
@@ -73,7 +73,8 @@ def _bench(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
     known = [*kernels.SETS, "floor", "serve", "load"]
     on_hopper = torch.cuda.get_device_capability()[0] == 9
-    chosen = options.sets or [name for name in known if name != "floor" or on_hopper]
+    left_out = {"load"} if on_hopper else {"load", "floor"}
+    chosen = options.sets or [name for name in known if name not in left_out]
     for name in chosen:
         if name == "floor" and not on_hopper:
             parser.error("SET floor is for Hopper alone")
@@ -100,7 +101,11 @@ def _bench(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             tensor_parallel_size=options.tensor_parallel_size,
         )
     if "load" in chosen:
-        loads = load.run(options.shape)
+        loads = load.run(
+            options.shape,
+            kv_cache_dtype=options.kv_cache_dtype,
+            tensor_parallel_size=options.tensor_parallel_size,
+        )
     if options.json:
         text = report.as_json(environment, measured, floors, served, loads)
         Path(options.json).write_text(text)

@@ -276,5 +276,5 @@ def test_batch_invariance(head_dim: int, fp8: bool, options: dict) -> None:
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_few_rows_on_long_keys(head_dim: int, options: dict, fp8: bool) -> None:
     """Where prefill's tiles would not fill the GPU, decode's parts do."""
-    rows, heads = (100, 8) if ON_GPU else (12, 1)
+    rows, heads = (100, 4) if ON_GPU else (12, 1)
     Batch([(rows, 3000)], heads, 4, head_dim, fp8=fp8).check(**options)

@@ -7,8 +7,10 @@ import socket
 from pathlib import Path
 
 import oracle
+import pytest
 import torch
 from steps import BLOCK, DIM, Layer, layer, step
+from vllm.config import ParallelConfig, VllmConfig
 
 WORLD, HEADS = 2, 4
 # New and computed tokens of each request. With runs of 16 keys, rank 1 has none of the first 16.
@@ -26,20 +28,22 @@ def local_place(token: torch.Tensor, interleave: int) -> tuple[torch.Tensor, tor
     return run % WORLD, run // WORLD * interleave + within
 
 
-def check(interleave: int, softcap: float, sinks: bool, batch: str, rank: int) -> None:
-    from vllm.config import ParallelConfig, VllmConfig
-
-    random = torch.Generator().manual_seed(0)
+def configuration(interleave: int = 1) -> VllmConfig:
     parallel = ParallelConfig(
         tensor_parallel_size=WORLD,
         decode_context_parallel_size=WORLD,
         cp_kv_cache_interleave_size=interleave,
     )
+    return VllmConfig(parallel_config=parallel)
+
+
+def check(interleave: int, softcap: float, sinks: bool, batch: str, rank: int) -> None:
+    random = torch.Generator().manual_seed(0)
     logits = torch.randn(HEADS, generator=random) if sinks else None
     own = HEADS // WORLD
     heads = slice(rank * own, (rank + 1) * own)
     builder, impl = layer(
-        own, 1, VllmConfig(parallel_config=parallel),
+        own, 1, configuration(interleave),
         logits_soft_cap=softcap, sinks=None if logits is None else logits[heads],
     )  # fmt: skip
     assert impl.need_to_return_lse_for_decode
@@ -74,8 +78,22 @@ def check(interleave: int, softcap: float, sinks: bool, batch: str, rank: int) -
         )
 
 
+def check_refusals() -> None:
+    for settings, reason in (
+        ({"sliding_window": 8}, "a sliding window"),
+        ({"head_dim": 80}, "head_size 80 (no power of two)"),
+        ({"kv_sharing_target_layer_name": "first"}, "layers that share keys"),
+        ({"attn_type": "encoder_decoder"}, "attention type encoder_decoder"),
+    ):
+        with pytest.raises(ValueError) as error:
+            layer(HEADS // WORLD, 1, configuration(), **settings)
+        assert str(error.value) == (
+            f"SPARSEK_XFORMERS does not support decode context parallelism with {reason}"
+        )
+
+
 def run_rank(rank: int, port: int, folder: str) -> None:
-    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.config import set_current_vllm_config
     from vllm.distributed import parallel_state
 
     from sparsek_vllm.core import stats
@@ -92,6 +110,7 @@ def run_rank(rank: int, port: int, folder: str) -> None:
         for batch, interleave in itertools.product(BATCHES, (1, BLOCK)):
             check(interleave, 0.0, False, batch, rank)
         check(1, 5.0, True, "mixed", rank)
+        check_refusals()
     finally:
         parallel_state.destroy_model_parallel()
         parallel_state.destroy_distributed_environment()

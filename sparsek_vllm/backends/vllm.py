@@ -231,7 +231,7 @@ class LocalContext:
 
 
 class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
-    """Passes on what vLLM has prepared: no copy, no synchronisation.
+    """Passes on what vLLM has prepared: no synchronisation, and no copy in steps of one part.
 
     The kernels plan on the device from ``seq_lens`` and ``query_start_loc``, so a captured graph
     replays with any lengths.
@@ -308,6 +308,8 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
         self, common_attn_metadata: CommonAttentionMetadata
     ) -> SparseKMetadata:
         metadata = self.build(0, common_attn_metadata)
+        if metadata.context is not None:
+            metadata.context.empty = False
         mode = self.vllm_config.compilation_config.cudagraph_mode
         if mode.mixed_mode() == CUDAGraphMode.FULL:
             # Replayed with as many tokens, of whatever requests.
@@ -411,10 +413,28 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
             )
         self.sinks = sinks
         self.batch_invariant = vllm_compat.is_batch_invariant()
-        self.ranks = vllm_compat.context_parallel_group()
+        self.ranks: Any = vllm_compat.context_parallel_group() if self.dcp_world_size > 1 else None
         if self.ranks is not None:
+            self._check_context_parallelism(sliding_window)
             config = get_current_vllm_config()
             self.combine = vllm_compat.context_parallel_combine(config)
+
+    def _check_context_parallelism(self, sliding_window: int | None) -> None:
+        sizes = {"head_size": self.head_size, "ranks": self.ranks.world_size}
+        what = {
+            "a sliding window": sliding_window is not None,
+            "layers that share keys": self.kv_sharing_target_layer_name is not None,
+            f"attention type {self.attn_type}": self.attn_type != AttentionType.DECODER.value,
+            # What is computed at once and what was before depends on the other requests.
+            "VLLM_BATCH_INVARIANT": self.batch_invariant,
+            **{f"{name} {n} (no power of two)": n & (n - 1) != 0 for name, n in sizes.items()},
+        }
+        reasons = [name for name, is_so in what.items() if is_so]
+        if reasons:
+            raise ValueError(
+                f"{vllm_compat.BACKEND_NAME} does not support decode context parallelism with "
+                f"{', '.join(reasons)}"
+            )
 
     def forward(
         self,
@@ -451,8 +471,7 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
             # Made now, it lies outside the pool whose contents sleep mode drops.
             kernels.workspace(query.device)
             if self.ranks is not None:
-                # What _attend_across_ranks() makes, for vLLM to count.
-                query.new_empty(3 * self.ranks.world_size, *query.shape)
+                self._prepare_context_parallelism(query)
             return output.zero_()
         tokens = attn_metadata.num_actual_tokens
         q, out = query[:tokens], output.view(-1, self.num_heads, self.head_size)[:tokens]
@@ -534,6 +553,17 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
             return_lse=True,
         )
         merge_states(*shared, *own, out=out)
+
+    def _prepare_context_parallelism(self, query: torch.Tensor) -> None:
+        """While vLLM profiles: the memory that it has to count, and what must not come first in a
+        captured graph, compilers and new connections.
+        """
+        query.new_empty(3 * self.ranks.world_size, *query.shape)
+        heads = self.num_heads * self.ranks.world_size
+        for tokens in (1, 2) if query.is_cuda else ():
+            out = query.new_zeros(tokens, heads, self.head_size)
+            lse = query.new_zeros(heads, tokens, dtype=torch.float32).transpose(0, 1)
+            self.combine(out, lse, self.ranks, return_lse=True)
 
     def _attend_across_ranks(
         self,

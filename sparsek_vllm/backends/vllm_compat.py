@@ -96,7 +96,10 @@ def context_parallel_group() -> Any:
 
 
 def context_parallel_combine(vllm_config: Any) -> Any:
-    """vLLM's exchange of attention over each rank's keys, by the way that the operator chose."""
+    """vLLM's exchange of attention over each rank's keys, by the way that the operator chose.
+
+    For CUDA, and head sizes and numbers of ranks that are powers of two.
+    """
     try:
         from vllm.v1.attention.ops import dcp
 

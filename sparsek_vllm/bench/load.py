@@ -25,16 +25,16 @@ from sparsek_vllm.demo_model import demo_model_path
 
 @dataclass(frozen=True)
 class Load:
-    """Requests at once, tokens of each prompt and of each answer, requests in all."""
+    """Clients that ask at once, tokens of each prompt and of each answer, requests in all."""
 
-    concurrency: int
+    clients: int
     prompt: int
     answer: int
     requests: int
 
     @property
     def name(self) -> str:
-        return f"{self.concurrency} at once, {self.prompt} + {self.answer} tokens"
+        return f"{self.clients} clients, {self.prompt} + {self.answer} tokens"
 
 
 LOADS = (
@@ -43,6 +43,7 @@ LOADS = (
     Load(32, 16384, 256, 64),
     Load(256, 16384, 256, 256),
 )
+_BESIDE_KV_BYTES = 24 << 30  # of an engine: weights of 8B parameters, activations, graphs
 METRICS = ("total_token_throughput", "median_ttft_ms", "median_tpot_ms")
 
 
@@ -50,10 +51,12 @@ def run(
     shape: str,
     loads: Sequence[Load] = LOADS,
     backends: Sequence[str] = (BACKEND_NAME, "FLASH_ATTN"),
-    kv_bytes: int = 38 << 30,
-    arguments: Sequence[str] = (),
+    kv_cache_dtype: str = "auto",
+    tensor_parallel_size: int = 1,
 ) -> list[dict[str, Any]]:
     """Throughput, time to the first token and time a token of each load and backend.
+
+    Requests that find no room in the cache wait, and that counts as time to their first token.
 
     Raises:
         RuntimeError: a request failed.
@@ -62,14 +65,17 @@ def run(
     longest = max(load.prompt + load.answer for load in loads)
     settings = (
         *("--load-format", "dummy", "--max-model-len", str(longest + 64)),
-        *("--max-num-seqs", str(max(load.concurrency for load in loads))),
+        *("--max-num-seqs", str(max(load.clients for load in loads))),
         # Told, not measured: the other server takes memory meanwhile.
-        *("--kv-cache-memory-bytes", str(kv_bytes), "--gpu-memory-utilization", "0.1"),
-        *("--no-enable-prefix-caching", *arguments),
+        *("--kv-cache-memory-bytes", str(_kv_bytes(len(backends)))),
+        *("--gpu-memory-utilization", "0.1", "--no-enable-prefix-caching"),
+        *("--kv-cache-dtype", kv_cache_dtype),
+        *("--tensor-parallel-size", str(tensor_parallel_size)),
     )
     with _servers(shape, backends, settings) as (tokenizer, servers):
-        for load in loads:
-            for backend, server in servers.items():
+        for number, load in enumerate(loads):
+            # Each is the first every other time.
+            for backend, server in list(servers.items())[:: -1 if number % 2 else 1]:
                 measured = _ask(server, tokenizer, load)
                 if measured["completed"] != load.requests:
                     raise RuntimeError(
@@ -82,6 +88,17 @@ def run(
         for backend, server in servers.items():
             print(f"{backend}: paths {server.path_counts()}", flush=True)
     return results
+
+
+def _kv_bytes(engines: int) -> int:
+    """For each of so many engines on one GPU."""
+    import torch
+
+    free, _ = torch.cuda.mem_get_info()
+    size = int(0.95 * free) // engines - _BESIDE_KV_BYTES
+    if size < 1 << 30:
+        raise RuntimeError(f"{engines} engines do not fit into the {free >> 30} GiB that are free")
+    return size
 
 
 def _line(result: dict[str, Any]) -> str:
@@ -123,7 +140,7 @@ def _ask(server: Server, tokenizer: Path, load: Load) -> dict[str, Any]:
             *("--base-url", server.url, "--model", SERVED_NAME, "--tokenizer", str(tokenizer)),
             *("--dataset-name", "random", "--random-input-len", str(load.prompt)),
             *("--random-output-len", str(load.answer), "--ignore-eos", "--seed", "1"),
-            *("--num-prompts", str(load.requests), "--max-concurrency", str(load.concurrency)),
+            *("--num-prompts", str(load.requests), "--max-concurrency", str(load.clients)),
             *("--num-warmups", "2", "--disable-tqdm", "--temperature", "0"),
             *("--save-result", "--result-dir", folder, "--result-filename", "result.json"),
         ]

@@ -1,0 +1,42 @@
+"""A model over two processes on CPU, by vLLM's own executor: its answers are those of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+from engine import engine_environment
+
+OURS = "SPARSEK_XFORMERS"
+
+
+def serve(tokenizer: Path, folder: Path, **settings: Any) -> Any:
+    # vLLM would look for a NUMA node for each process.
+    cores = sorted(os.sched_getaffinity(0))
+    settings = {"attention_backend": OURS, "dtype": "float32", **settings}
+    arguments = ["llama 3.2 1b", str(tokenizer), str(folder), json.dumps(settings)]
+    done = subprocess.run(
+        [sys.executable, models.__file__, *arguments],
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ, **engine_environment(),
+            "VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}",
+        },
+    )  # fmt: skip
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    assert lines, done.stdout[-3000:] + done.stderr[-6000:]
+    return json.loads(lines[0].removeprefix("RESULT"))
+
+
+@pytest.mark.parametrize("kind", ["tensor_parallel_size", "pipeline_parallel_size"])
+def test_two_processes(kind: str, model: Path, tmp_path: Path) -> None:
+    one, two = (serve(model, tmp_path / str(n), **{kind: n}) for n in (1, 2))
+    assert set(two["paths"]) == {"varlen_attention:reference", "write_kv:reference"}
+    assert models.compare(two["answers"], one["answers"], near=2e-3) < 1e-4
