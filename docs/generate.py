@@ -200,7 +200,8 @@ What vLLM does around attention, and the test that shows it with this backend:
 | popular models' shapes: Gemma 2 and 3, Mistral, gpt-oss, Phi, Llama, Qwen, Granite 4 (Mamba), \
 Whisper, a LoRA adapter | `tests/test_vllm_models.py` | `tests/gpu/test_vllm_models.py` |
 | LLaVA, weights in fp8, keys offloaded to the host | | `tests/gpu/test_vllm_models.py` |
-| tensor and pipeline parallelism | | `tests/gpu/test_vllm_two_gpus.py` |
+| tensor parallelism | `tests/test_vllm_parallel.py` | `tests/gpu/test_vllm_two_gpus.py` |
+| pipeline parallelism | | `tests/gpu/test_vllm_two_gpus.py` |
 | decode context parallelism | `tests/test_vllm_context_parallel.py` \
 | `tests/gpu/test_vllm_two_gpus.py` |
 | speculative decoding: n-gram, draft model | | `tests/gpu/test_vllm_features.py` |
