@@ -455,7 +455,8 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         Args:
             layer: the vLLM layer, for its fp8 scales.
             query: ``[num_tokens, num_heads, head_size]``, padded past num_actual_tokens.
-            key: ``[num_tokens, num_kv_heads, head_size]``; used by layers of an encoder alone.
+            key: ``[num_tokens, num_kv_heads, head_size]``; used by layers of an encoder, and where
+                ranks share out the keys.
             value: like key.
             kv_cache: this layer's cache as vLLM lays it out.
             attn_metadata: None while vLLM profiles memory: output is then zeroed.

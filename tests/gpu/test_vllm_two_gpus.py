@@ -54,11 +54,20 @@ MODES: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
         },
         {},
     ),
-    "DCP, all to all": (
+    "DCP, graphs of all batches": (
+        "one key head",
+        {
+            "tensor_parallel_size": 2, "decode_context_parallel_size": 2, "enforce_eager": False,
+            "compilation_config": {"mode": 0, "cudagraph_mode": "FULL"},
+        },
+        {},
+    ),
+    "DCP, all to all, graphs": (
         "one key head",
         {
             "tensor_parallel_size": 2, "decode_context_parallel_size": 2,
             "dcp_comm_backend": "a2a",
+            "enforce_eager": False, "compilation_config": {"mode": 0},
         },
         {},
     ),
