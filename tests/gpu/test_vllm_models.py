@@ -104,11 +104,12 @@ def test_batch_invariance(model: Path, tmp_path_factory: pytest.TempPathFactory)
 
     def bits(case: tuple[str, str]) -> Any:
         backend, way = case
-        folder = tmp_path_factory.mktemp("model")
         invariant = {"VLLM_BATCH_INVARIANT": "1"}
+        folder = folders[case]
         return serve("llama 3.2 1b", backend, model, folder, invariant, **WAYS[way])["answers"]
 
     cases = [(backend, way) for backend in (OURS, PEER) for way in WAYS]
+    folders = {case: tmp_path_factory.mktemp("model") for case in cases}
     with ThreadPoolExecutor(len(cases)) as pool:
         answers = dict(zip(cases, pool.map(bits, cases), strict=True))
     same = {(who, way): answers[who, way] == answers[who, "together"] for who, way in cases}

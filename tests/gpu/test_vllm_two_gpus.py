@@ -86,15 +86,23 @@ MODES: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
 def served(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """``served(mode)``: what its engine answers. Six engines start at a time."""
 
+    folders = {mode: tmp_path_factory.mktemp("model") for mode in MODES}
+
     def serve(mode: str) -> dict[str, Any]:
         name, settings, environment = MODES[mode]
-        folder = tmp_path_factory.mktemp("model")
         defaults = {
             "dtype": "float16", "kv_cache_memory_bytes": 1 << 30, "gpu_memory_utilization": 0.1,
             "attention_config": {"backend": "SPARSEK_XFORMERS"},
         }  # fmt: skip
         done = subprocess.run(
-            [sys.executable, models.__file__, name, model, folder, json.dumps(defaults | settings)],
+            [
+                sys.executable,
+                models.__file__,
+                name,
+                model,
+                folders[mode],
+                json.dumps(defaults | settings),
+            ],
             capture_output=True,
             text=True,
             env={**os.environ, **engine_environment(), **environment},
