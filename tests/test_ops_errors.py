@@ -211,6 +211,10 @@ ATTENTION = [
     ),
     ({"lse": zeros(3, 4)}, "lse must have shape [4, 3], got [3, 4]"),
     ({"lse": zeros(4, 3, device="meta")}, "lse must be on cpu, got meta"),
+    (
+        {"batch_invariant": True},
+        "batch_invariant must be False on CPU: only the CUDA kernels are, got True",
+    ),
 ]
 
 
@@ -339,6 +343,7 @@ MERGE = [
         "out_b must have the dtype of out_a, torch.float32, got torch.float16",
     ),
     (on_meta("out_b"), "out_b must have the device of out_a, cpu, got meta"),
+    ({"out": zeros(3, 4, 32)}, "out must have the shape of out_a, [3, 4, 64], got [3, 4, 32]"),
     ({"lse_b": zeros(3, 4)}, "lse_b must have the shape of lse_a, [4, 3], got [3, 4]"),
     (
         {"lse_b": zeros(4, 3, dtype=torch.float16)},

@@ -111,9 +111,9 @@ def varlen_attention(
         bias: ``[batch, heads, max_q, max_k]``, added to the scores after scale and softcap;
             any strides, so that broadcast dimensions can be expanded views.
         q_offsets: ``[batch]`` int32, position of each request's first query row.
-        batch_invariant: on CUDA, a row's result is the same bits whatever other requests are in
-            the batch, and whether its request's rows come at once or in several calls. Keys of
-            long requests are then not split among multiprocessors, so decoding takes longer.
+        batch_invariant: a row's result is the same bits whatever other requests are in the
+            batch, and whether its request's rows come at once or in several calls. On CUDA only.
+            Long keys are then not split among multiprocessors, so decoding takes longer.
         min_seqlen_q: no query length is shorter. Where the caller knows that all are long, the
             launch for short ones is saved.
         max_seqlen_q: longest query length. Not given, it is read from ``cu_seqlens_q``, which

@@ -44,6 +44,10 @@ def varlen_attention(
     lse: torch.Tensor | None,
 ) -> None:
     """See :func:`sparsek_vllm.core.ops.varlen_attention`."""
+    if batch_invariant:
+        raise ValueError(
+            "batch_invariant must be False on CPU: only the CUDA kernels are, got True"
+        )
     q_rows = cu_seqlens_q.tolist()
     lengths = seq_lens.tolist()
     starts = k_starts.tolist() if k_starts is not None else None
