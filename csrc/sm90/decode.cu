@@ -13,8 +13,8 @@
 // registers: the pieces of 16 bytes that ldmatrix hands out then hold other elements, so that
 // queries are loaded, and dimensions of the output counted, in another order. bf16 queries are
 // scaled to fp16.
-#include "../common/hopper.cuh"
 #include "../common/split.cuh"
+#include "barrier.cuh"
 #include "tensor_map.h"
 
 namespace sparsek::sm90 {

@@ -10,9 +10,9 @@
 //
 // Keys and values of fp8 land in the second half of their place, and one more warpgroup writes them
 // all over it as fp16. bf16 queries become fp16 too, each row scaled to its range.
-#include "../common/hopper.cuh"
 #include "../common/request.cuh"
 #include "../common/wgmma.cuh"
+#include "barrier.cuh"
 #include "tensor_map.h"
 
 namespace sparsek::sm90 {

@@ -333,7 +333,7 @@ def test_compute_sanitizer(tool: str) -> None:
     root = Path(__file__).resolve().parent.parent.parent
     # initcheck has to see who wrote the inputs; the others look at our kernels alone.
     ours = [] if tool == "initcheck" else ["--kernel-name", "kns=sparsek"]
-    # See warp_arrive() in csrc/common/hopper.cuh.
+    # See warp_arrive() in csrc/sm90/barrier.cuh.
     assertions = {"BSK_DEBUG": "1"} if tool == "racecheck" else {}
     done = subprocess.run(
         ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", *ours,
