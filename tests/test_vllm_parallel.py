@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import models
-from engine import engine_environment
 
 OURS = "SPARSEK_XFORMERS"
 
@@ -19,19 +15,10 @@ def serve(tokenizer: Path, folder: Path, **settings: Any) -> Any:
     # vLLM would look for a NUMA node for each process.
     cores = sorted(os.sched_getaffinity(0))
     settings = {"attention_backend": OURS, "dtype": "float32", **settings}
-    arguments = ["llama 3.2 1b", str(tokenizer), str(folder), json.dumps(settings)]
-    done = subprocess.run(
-        [sys.executable, models.__file__, *arguments],
-        capture_output=True,
-        text=True,
-        env={
-            **os.environ, **engine_environment(),
-            "VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}",
-        },
+    return models.serve_apart(
+        "llama 3.2 1b", tokenizer, folder, settings,
+        VLLM_CPU_OMP_THREADS_BIND=f"{cores[0]}|{cores[-1]}",
     )  # fmt: skip
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
-    assert lines, done.stdout[-3000:] + done.stderr[-6000:]
-    return json.loads(lines[0].removeprefix("RESULT"))
 
 
 def test_tensor_parallelism(model: Path, tmp_path: Path) -> None:

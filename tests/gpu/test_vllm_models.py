@@ -5,10 +5,6 @@ Every engine runs in a process of its own, many at a time: they take a minute to
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +13,6 @@ from typing import Any
 import models
 import pytest
 import target
-from engine import engine_environment
 
 pytest.importorskip("vllm")
 
@@ -37,15 +32,7 @@ def serve(
         "attention_config": {"backend": backend}, "dtype": models.MODELS[name].dtype,
         "gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 1 << 30, **more,
     }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, models.__file__, name, str(tokenizer), str(folder), json.dumps(settings)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **engine_environment(), **(environment or {})},
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
-    assert lines, done.stdout[-3000:] + done.stderr[-6000:]
-    return json.loads(lines[0].removeprefix("RESULT"))
+    return models.serve_apart(name, tokenizer, folder, settings, **(environment or {}))
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,7 +9,6 @@ from typing import Any
 import models
 import pytest
 import torch
-from engine import engine_environment
 from target import PATH
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -94,23 +89,7 @@ def served(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
             "dtype": "float16", "kv_cache_memory_bytes": 1 << 30, "gpu_memory_utilization": 0.1,
             "attention_config": {"backend": "SPARSEK_XFORMERS"},
         }  # fmt: skip
-        done = subprocess.run(
-            [
-                sys.executable,
-                models.__file__,
-                name,
-                model,
-                folders[mode],
-                json.dumps(defaults | settings),
-            ],
-            capture_output=True,
-            text=True,
-            env={**os.environ, **engine_environment(), **environment},
-        )
-        lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
-        assert lines, done.stdout[-3000:] + done.stderr[-6000:]
-        answer: dict[str, Any] = json.loads(lines[0].removeprefix("RESULT"))
-        return answer
+        return models.serve_apart(name, model, folders[mode], defaults | settings, **environment)
 
     with ThreadPoolExecutor(6) as pool:
         futures = {mode: pool.submit(serve, mode) for mode in MODES}
