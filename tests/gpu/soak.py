@@ -1,11 +1,12 @@
-"""Random load on an engine whose KV cache is too small for it, then its books are checked.
+"""Random load on a server whose KV cache is too small for it, then its books are checked.
 
 Usage: soak.py MODEL_SHAPE SECONDS SEED KV_GIB [MAX_LENGTH]
 
-Requests of 1 to MAX_LENGTH tokens come and go: some share a prefix, some ask for several samples,
-some are cancelled on the way. A fixed probe prompt is asked again and again; its greedy tokens may
-differ from the first answer only where that answer's own two best tokens were near each other.
-At the end no block may be in use. Prints one JSON line; the exit status says whether all is well.
+Clients of its OpenAI API send prompts of 1 to MAX_LENGTH tokens: some share a prefix, some ask for
+several samples, some leave before the first token and some in mid-stream. A fixed probe prompt is
+asked again and again; its greedy tokens may differ from the first answer only where that answer's
+own two best tokens were near each other. At the end no block may be in use. Prints one JSON line;
+the exit status says whether all is well.
 """
 
 from __future__ import annotations
@@ -16,56 +17,67 @@ import random
 import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
-from sparsek_vllm.backends.vllm_compat import BACKEND_NAME
+from openai import AsyncOpenAI
+
 from sparsek_vllm.bench.serving import write_shape
+from sparsek_vllm.demo import SERVED_NAME, Server
+from sparsek_vllm.demo_model import demo_model_path
 
 NEAR = 0.1
 PROBE_TOKENS = 32
 IN_FLIGHT = 24
-
-
-def metric(name: str) -> float:
-    """Sum of a metric of vLLM's over its labels."""
-    from prometheus_client import REGISTRY
-
-    samples = [s for family in REGISTRY.collect() for s in family.samples if s.name == name]
-    if not samples:
-        raise RuntimeError(f"vLLM shows no metric {name}")
-    return sum(sample.value for sample in samples)
+VOCABULARY = 49_000  # of the demo model's tokenizer, which is lent
 
 
 class Soak:
-    def __init__(self, engine: Any, seed: int, longest: int) -> None:
-        self.engine, self.random, self.longest = engine, random.Random(seed), longest
-        self.counts = dict.fromkeys(("done", "cancelled", "tokens", "probes", "near_ties"), 0)
+    def __init__(self, server: Server, seed: int, longest: int) -> None:
+        self.server, self.random, self.longest = server, random.Random(seed), longest
+        self.api = AsyncOpenAI(
+            base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=600
+        )
+        named = ("done", "cancelled", "left_in_mid_stream", "tokens", "probes", "near_ties")
+        self.counts = dict.fromkeys(named, 0)
         self.prefixes = [self.tokens(n) for n in (64, 1000, longest // 8)]
-        self.probe = self.tokens(700)
-        self.first_probe: list[tuple[int, float]] | None = None
-        self.number = 0
+        self.probe = self.tokens(min(700, longest // 2))
+        self.first_probe: list[tuple[str, float]] | None = None
 
     def tokens(self, count: int) -> list[int]:
-        return [self.random.randrange(10, 100_000) for _ in range(count)]
+        return [self.random.randrange(10, VOCABULARY) for _ in range(count)]
+
+    def metric(self, name: str) -> float:
+        """Sum of a metric of vLLM's over its labels."""
+        with urllib.request.urlopen(f"{self.server.url}/metrics") as answer:
+            lines = answer.read().decode().splitlines()
+        values = [float(line.split()[-1]) for line in lines if line.startswith(f"{name}{{")]
+        if not values:
+            raise RuntimeError(f"vLLM shows no metric {name}")
+        return sum(values)
 
     async def ask(self, prompt: list[int], **options: Any) -> Any:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        self.number += 1
-        parameters = SamplingParams(
-            detokenize=False,
-            ignore_eos=True,
-            output_kind=RequestOutputKind.FINAL_ONLY,  # else only the samples of the last step
+        return await self.api.completions.create(
+            model=SERVED_NAME,
+            prompt=prompt,
+            extra_body={"ignore_eos": True, "return_tokens_as_token_ids": True},
             **options,
         )
-        last = None
-        async for last in self.engine.generate(  # noqa: B007
-            {"prompt_token_ids": prompt}, parameters, f"soak-{self.number}"
-        ):
-            pass
-        return last
+
+    async def stream(self, prompt: list[int], chunks: int | None, **options: Any) -> int | None:
+        """Tokens of the answer; None for a client that leaves after so many ``chunks``."""
+        answer = await self.ask(
+            prompt, stream=True, stream_options={"include_usage": True}, **options
+        )
+        seen, tokens = 0, 0
+        async with answer:
+            async for chunk in answer:
+                seen += 1
+                if seen == chunks:
+                    return None
+                tokens = chunk.usage.completion_tokens if chunk.usage else 0
+        return tokens
 
     async def load(self, deadline: float) -> None:
         while time.monotonic() < deadline:
@@ -74,32 +86,37 @@ class Soak:
             prompt = (prefix + self.tokens(max(1, length - len(prefix))))[: self.longest]
             samples = self.random.choice([1, 1, 1, 2, 4])
             want = self.random.randint(1, 300)
-            request = asyncio.create_task(
-                self.ask(prompt, max_tokens=want, n=samples, temperature=1.0)
-            )
-            patience = self.random.uniform(0.01, 5) if self.random.random() < 0.2 else None
+            mood = self.random.random()
+            patience = self.random.uniform(0.01, 5) if mood < 0.1 else None
+            chunks = self.random.randint(1, want) if mood > 0.9 else None
             try:
-                result = await asyncio.wait_for(request, patience)
+                tokens = await asyncio.wait_for(
+                    self.stream(prompt, chunks, max_tokens=want, n=samples, temperature=1.0),
+                    patience,
+                )
             except asyncio.TimeoutError:
                 self.counts["cancelled"] += 1
                 continue
-            assert [len(o.token_ids) for o in result.outputs] == [want] * samples
+            if tokens is None:
+                self.counts["left_in_mid_stream"] += 1
+                continue
+            assert tokens == want * samples, f"{tokens} tokens, {want} x {samples} were asked for"
             self.counts["done"] += 1
-            self.counts["tokens"] += want * samples
+            self.counts["tokens"] += tokens
 
     async def probes(self, deadline: float) -> None:
         while time.monotonic() < deadline:
-            result = await self.ask(
+            answer = await self.ask(
                 self.probe, max_tokens=PROBE_TOKENS, temperature=0.0, logprobs=2
             )
-            answer = []
-            for token, top in zip(
-                result.outputs[0].token_ids, result.outputs[0].logprobs, strict=True
-            ):
-                best = sorted((entry.logprob for entry in top.values()), reverse=True)
-                answer.append((token, best[0] - best[1]))
-            self.first_probe = self.first_probe or answer
-            for (token, _), (expected, gap) in zip(answer, self.first_probe, strict=True):
+            logprobs = answer.choices[0].logprobs
+            steps = []
+            for token, top in zip(logprobs.tokens, logprobs.top_logprobs, strict=True):
+                best = sorted(top.values(), reverse=True)
+                steps.append((token, best[0] - best[1]))
+            assert len(steps) == PROBE_TOKENS
+            self.first_probe = self.first_probe or steps
+            for (token, _), (expected, gap) in zip(steps, self.first_probe, strict=True):
                 if token != expected:
                     assert gap < NEAR, f"the probe's answer changed where the gap was {gap}"
                     self.counts["near_ties"] += 1
@@ -107,49 +124,41 @@ class Soak:
             self.counts["probes"] += 1
             await asyncio.sleep(0.5)
 
-
-async def run(shape: str, seconds: float, seed: int, kv_gib: float, longest: int) -> bool:
-    from vllm import AsyncEngineArgs
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = AsyncEngineArgs(
-            model=str(write_shape(Path(folder), shape)),
-            attention_config={"backend": BACKEND_NAME},
-            load_format="dummy",
-            skip_tokenizer_init=True,
-            max_model_len=longest + 512,
-            max_num_seqs=64,
-            kv_cache_memory_bytes=int(kv_gib * 2**30),
-            gpu_memory_utilization=0.1,
-            worker_extension_cls="sparsek_vllm.backends.vllm_worker.StatsExtension",
-            seed=0,
-        )
-        engine = AsyncLLM.from_engine_args(arguments)
-        soak = Soak(engine, seed, longest)
+    async def run(self, seconds: float) -> bool:
         deadline = time.monotonic() + seconds
-        tasks = [soak.load(deadline) for _ in range(IN_FLIGHT)] + [soak.probes(deadline)]
-        await asyncio.gather(*tasks)
-        # One more step publishes the state after the last request.
-        for _ in range(3):
-            await soak.ask(soak.tokens(20), max_tokens=2, temperature=0.0)
-            await asyncio.sleep(1)
-        usage = metric("vllm:kv_cache_usage_perc")
+        async with self.api:
+            load = [self.load(deadline) for _ in range(IN_FLIGHT)]
+            await asyncio.gather(*load, self.probes(deadline))
+            # One more step publishes the state after the last request.
+            for _ in range(3):
+                await self.ask(self.tokens(20), max_tokens=2, temperature=0.0)
+                await asyncio.sleep(1)
+        usage = self.metric("vllm:kv_cache_usage_perc")
         report = {
-            **soak.counts,
-            "preemptions": metric("vllm:num_preemptions_total"),
+            **self.counts,
+            "preemptions": self.metric("vllm:num_preemptions_total"),
             "kv_cache_usage": usage,
-            "paths": (await engine.collective_rpc("sparsek_path_counts"))[0],
+            "paths": self.server.path_counts(),
         }
         print(json.dumps(report), flush=True)
-        engine.shutdown()
-    return usage == 0 and report["probes"] > 0 and report["done"] > 0
+        expected = ("done", "cancelled", "left_in_mid_stream", "probes")
+        return usage == 0 and all(self.counts[name] > 0 for name in expected)
+
+
+def soak(shape: str, seconds: float, seed: int, kv_gib: float, longest: int = 60_000) -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        write_shape(Path(folder), shape)
+        arguments = (
+            *("--tokenizer", str(demo_model_path(progress=False)), "--load-format", "dummy"),
+            *("--max-model-len", str(longest + 512), "--max-num-seqs", "64"),
+            *("--kv-cache-memory-bytes", str(int(kv_gib * 2**30))),
+            *("--gpu-memory-utilization", "0.1", "--seed", "0"),
+        )
+        with Server(Path(folder), timeout=560, arguments=arguments, eager=False) as server:
+            return asyncio.run(Soak(server, seed, longest).run(seconds))
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    longest = int(arguments[4]) if len(arguments) > 4 else 60_000
-    well = asyncio.run(
-        run(arguments[0], float(arguments[1]), int(arguments[2]), float(arguments[3]), longest)
-    )
+    shape, seconds, seed, kv_gib, *longest = sys.argv[1:]
+    well = soak(shape, float(seconds), int(seed), float(kv_gib), *map(int, longest))
     sys.exit(0 if well else 1)
