@@ -228,12 +228,6 @@ void share_out_requests(AttentionParams& p, bool hopper, int64_t most_rows) {
   p.most_rows = std::min<int64_t>(most_rows, p.long_decode_rows);
 }
 
-#ifdef SPARSEK_SM90
-// The workspace is measured by the portable kernel, which leaves twice as many parts.
-static_assert(sm90::kMostDecodeRows <=
-              portable::kDecodeRows * portable::kDecodeBlocksPerMultiprocessor);
-#endif
-
 // Fills in what follows from the rest and from the device, and launches.
 //
 // Batch-invariant, all is prefill's, which splits no keys and whose key tiles depend on the request
@@ -255,15 +249,13 @@ void run_attention(AttentionParams& p, const Tensor& q, bool fp8, const Optional
   const bool with_prefill = most_rows > p.decode_rows;
   const bool with_decode = !p.batch_invariant && min_seqlen_q * p.group <= p.long_decode_rows;
 
-  const int64_t blocks = p.multiprocessors * portable::kDecodeBlocksPerMultiprocessor;
-  const int64_t tile_counters = 4, counters = tile_counters + (blocks + 3) / 4 * 4;
-  const int64_t floats =
-      counters + 2 * blocks * portable::decode_part_floats(static_cast<int>(head_dim));
+  const int64_t arrivals = int64_t{p.multiprocessors} * kWorkspaceCounters;
+  const int64_t floats = kTileCounters + arrivals + int64_t{p.multiprocessors} * kWorkspaceFloats;
   check(workspace && workspace->scalar_type() == ScalarType::Float && workspace->numel() >= floats,
         "workspace must hold " + std::to_string(floats) + " float32 zeros");
   p.tile_counters = static_cast<int*>(workspace->data_ptr());
-  p.arrivals = p.tile_counters + tile_counters;
-  p.partials = static_cast<float*>(workspace->data_ptr()) + counters;
+  p.arrivals = p.tile_counters + kTileCounters;
+  p.partials = static_cast<float*>(workspace->data_ptr()) + kTileCounters + arrivals;
   for_types_and_size(q.scalar_type(), fp8, head_dim,
                      LaunchAttention{p, with_prefill, with_decode, hopper, device.stream()});
 }

@@ -85,10 +85,16 @@ struct AttentionParams {
   int64_t most_rows;     // that a request of the decode kernel can have
   bool batch_invariant;  // results of a row do not depend on other rows
   float rescale_slack;   // of the prefill kernels: powers of two by which a maximum may grow
-  float* partials;       // workspace of the decode kernels
-  int* arrivals;         // zero before and after each launch
-  int* tile_counters;    // two, likewise: of Hopper's prefill kernel
+  // The workspace. Counters are zero before and after each launch.
+  float* partials;     // kWorkspaceFloats for each multiprocessor
+  int* arrivals;       // kWorkspaceCounters for each
+  int* tile_counters;  // two: of Hopper's prefill kernel
 };
+
+// As in sparsek_vllm/core/kernels.py. Floats: two parts of what Hopper's prefill kernel computes of
+// 128 rows of 128 numbers, their maxima and sums.
+constexpr int kWorkspaceFloats = 2 * 128 * (128 + 2), kWorkspaceCounters = 16;
+constexpr int kTileCounters = 4;  // as many as keep the rest aligned
 
 struct WriteParams {
   const void *key, *value;

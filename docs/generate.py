@@ -198,7 +198,7 @@ What vLLM does around attention, and the test that shows it with this backend:
 | `tests/gpu/test_vllm_features.py` |
 | batch invariance | `tests/test_kernels.py`, emulated | `tests/gpu/test_vllm_models.py` |
 | popular models' shapes: Gemma 2 and 3, Mistral, gpt-oss, Phi, Llama, Qwen, Granite 4 (Mamba), \
-Whisper, a LoRA adapter | `tests/test_vllm_models.py` | `tests/gpu/test_vllm_models.py` |
+Whisper, a LoRA adapter, an EAGLE head | `tests/test_vllm_models.py` | `tests/gpu/test_vllm_models.py` |
 | LLaVA, weights in fp8, keys offloaded to the host | | `tests/gpu/test_vllm_models.py` |
 | tensor parallelism | `tests/test_vllm_parallel.py` | `tests/gpu/test_vllm_two_gpus.py` |
 | pipeline parallelism | | `tests/gpu/test_vllm_two_gpus.py` |

@@ -87,11 +87,11 @@ _kept: list[torch.library.Library] = []
 def emulated_kernels() -> Iterator[None]:
     """Ops on CPU tensors run the kernels' sources, and count as path "emulated"."""
     _load()
-    floats = 2 * MULTIPROCESSORS * (kernels.DECODE_FLOATS + 1) + 8
-    space = torch.zeros(floats)
+    space = torch.full((kernels.workspace_floats(MULTIPROCESSORS),), torch.nan)
+    counters = space[: 16 * MULTIPROCESSORS + 4].zero_()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "ops", lambda device: getattr(torch.ops, NAMESPACE))
         patch.setattr(kernels, "path_for", lambda device, head_dim=128: "emulated")
         patch.setattr(kernels, "workspace", lambda device: space)
         yield
-    assert not space[: 2 * MULTIPROCESSORS + 4].view(torch.int32).any(), "arrivals are left behind"
+    assert not counters.view(torch.int32).any(), "arrivals are left behind"

@@ -39,7 +39,8 @@ class Model:
     architecture: str
     config: dict[str, Any]
     settings: dict[str, Any] = field(default_factory=dict)
-    # What goes with the prompts: "image", "audio", "adapter", or "twice" for all of them again.
+    # What goes with the prompts: "image", "audio", "adapter", or "twice" for all of them again. Or
+    # with the model: "eagle", a head that drafts tokens.
     extra: str = ""
     # On a GPU, and how far two backends' logprobs may be apart on average.
     dtype: str = "float16"
@@ -113,6 +114,7 @@ MODELS = {
         },
     ),
     "an adapter": Model("LlamaForCausalLM", heads(8, 2, 64), {"enable_lora": True}, "adapter"),
+    "an EAGLE head": Model("LlamaForCausalLM", heads(8, 2, 64), extra="eagle"),
     "weights in fp8": Model(
         "LlamaForCausalLM", heads(32, 8, 128), {"quantization": "fp8"}, bound=0.1
     ),
@@ -173,7 +175,7 @@ def build(name: str, tokenizer: Path, folder: Path) -> int:
     made.save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (folder / file).symlink_to(tokenizer / file)
-    writers = {"adapter": _adapter, "image": _image, "audio": _audio}
+    writers = {"adapter": _adapter, "image": _image, "audio": _audio, "eagle": _eagle}
     if model.extra in writers:
         writers[model.extra](folder, made.config)
     config = made.config.get_text_config()
@@ -204,6 +206,20 @@ def _adapter(folder: Path, config: Any) -> None:
         "target_modules": list(shapes),
     }  # fmt: skip
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+
+
+def _eagle(folder: Path, config: Any) -> None:
+    """A layer on the model's states and the next token, in a folder of its own."""
+    from safetensors.torch import save_file
+    from transformers import LlamaForCausalLM
+
+    draft = LlamaForCausalLM(type(config)(**{**config.to_dict(), "num_hidden_layers": 1}))
+    draft.config.architectures = ["LlamaForCausalLM"]
+    draft.config.save_pretrained(folder / "draft")
+    layer = {k: v for k, v in draft.model.state_dict().items() if k.startswith("layers.")}
+    del layer["layers.0.input_layernorm.weight"]  # the first has none
+    fc = torch.randn(config.hidden_size, 2 * config.hidden_size) / 16
+    save_file({**layer, "fc.weight": fc}, folder / "draft" / "model.safetensors")
 
 
 def _image(folder: Path, config: Any) -> None:
@@ -276,8 +292,8 @@ def requests(extra: str) -> list[dict[str, Any]]:
 def serve(name: str, tokenizer: Path, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Build the model and ask an engine: its answers, the paths that ran, the size of heads.
 
-    An answer has the tokens, how far ahead of the second best each was, and the logprobs of the
-    prompt and of the tokens.
+    Where a head drafts, how many tokens it did. An answer has the tokens, how far ahead of the
+    second best each was, and the logprobs of the prompt and of the tokens.
     """
     head_size = build(name, tokenizer, folder)
 
@@ -293,12 +309,17 @@ def serve(name: str, tokenizer: Path, folder: Path, settings: dict[str, Any]) ->
         "seed": 0,
         "worker_extension_cls": "sparsek_vllm.backends.vllm_worker.StatsExtension",
     }
+    if model.extra == "eagle":
+        defaults["disable_log_stats"] = False
+        defaults["speculative_config"] = {
+            "method": "eagle", "model": str(folder / "draft"), "num_speculative_tokens": 3,
+        }  # fmt: skip
     llm = LLM(str(folder), **{**defaults, **settings, **model.settings})
 
     def generate(prompts: list[dict[str, Any]], **arguments: Any) -> list[Any]:
         # A prompt whose logprobs are asked for is computed anew, and with adapters vLLM on CPU
         # fails to compute them.
-        prompt_logprobs = None if model.extra in ("adapter", "twice") else 0
+        prompt_logprobs = None if model.extra in ("adapter", "twice", "eagle") else 0
         greedy = SamplingParams(
             temperature=0, max_tokens=16, ignore_eos=True, logprobs=2,
             prompt_logprobs=prompt_logprobs,
@@ -334,7 +355,11 @@ def serve(name: str, tokenizer: Path, folder: Path, settings: dict[str, Any]) ->
         )
     paths, *others = llm.collective_rpc("sparsek_path_counts")  # of each GPU
     assert all(set(other) == set(paths) for other in others)
-    return {"answers": answers, "paths": paths, "head_size": head_size}
+    drafted = 0
+    if extra == "eagle":
+        values = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
+        drafted = values["vllm:spec_decode_num_draft_tokens"]
+    return {"answers": answers, "paths": paths, "head_size": head_size, "drafted": drafted}
 
 
 def serve_apart(

@@ -286,6 +286,9 @@ struct Finish {
   }
 };
 
+// What a thread block leaves in the workspace at most, in floats.
+constexpr int most_part_floats(int rows, int head_dim) { return 2 * rows * (head_dim + 2); }
+
 // What add_up() needs at most, in floats.
 constexpr int scratch_floats(int rows, int blocks) { return 4 + 2 * rows * (blocks + 1); }
 

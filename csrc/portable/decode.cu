@@ -261,6 +261,8 @@ __global__ void __launch_bounds__(Shape<kHeadDim>::kThreads, kDecodeBlocksPerMul
 
 template <typename T, typename KV, int kHeadDim, bool kGeneral>
 cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
+  static_assert(kDecodeBlocksPerMultiprocessor * most_part_floats(kRows, kHeadDim) <=
+                kWorkspaceFloats);
   auto kernel = decode_kernel<T, KV, kHeadDim, kGeneral>;
   constexpr int bytes = kBlockBytes;
   cudaError_t error =

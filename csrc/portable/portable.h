@@ -18,12 +18,6 @@ cudaError_t decode(const AttentionParams& params, cudaStream_t stream);
 constexpr int kDecodeBlocksPerMultiprocessor = 2;
 constexpr int kDecodeRows = 16;  // that a unit of decode's work has
 
-// Partial result in the workspace: each row's weighted sum of values, then each row's maximum,
-// then each row's sum of weights. A thread block leaves two at most.
-__host__ __device__ constexpr int decode_part_floats(int head_dim) {
-  return kDecodeRows * (head_dim + 2);
-}
-
 // Copies rows of 16-bit elements to their slots, or converts them to fp8.
 cudaError_t write_kv(const WriteParams& params, cudaStream_t stream);
 

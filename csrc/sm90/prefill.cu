@@ -8,8 +8,13 @@
 // of kBlockN, the last first: that is where masks are. The loading warps (one for keys, one for
 // values, two for queries) run ahead into the next tile.
 //
+// Where there are few tiles, several blocks share one: each has a piece of its keys. The last of
+// them to be done adds their results up.
+//
 // Keys and values of fp8 land in the second half of their place, and one more warpgroup writes them
 // all over it as fp16. bf16 queries become fp16 too, each row scaled to its range.
+#include <algorithm>
+
 #include "../common/request.cuh"
 #include "../common/wgmma.cuh"
 #include "barrier.cuh"
@@ -21,7 +26,10 @@ namespace {
 constexpr int kBlockN = 128;
 constexpr int kEnd = -1;                 // in place of a request: there are no more tiles
 constexpr int kSectionBytes = 40 << 20;  // of 50 or 60 MB of L2 cache
-constexpr double kTileCost = 3;          // of a tile, where a warpgroup's part of it costs 1
+constexpr float kTileCost = 3;           // of a tile, where a warpgroup's part of it costs 1
+// Measured in the time that a tile of keys takes: what a tile takes beside its keys, and what
+// adding pieces up takes, once and for each.
+constexpr float kTileOverhead = 1.5f, kJoinCost = 2, kPieceCost = 0.35f;
 
 enum Barrier : int { kTileTaken = 1, kFirstTurn = 2, kFirstGroup = 5, kWidening = 8 };
 
@@ -35,7 +43,7 @@ struct Shape {
   static constexpr int kRowBytes = sizeof(KV) * kHeadDim, kArrivingBytes = kRowBytes * kBlockN;
   static constexpr int kArrivingChunks = kFp8 ? 1 : kChunks;
   static constexpr int kTileBytes = 2 * kHeadDim * kBlockN;
-  static constexpr int kLoaderRegisters = kFp8 || kGroups == 3 ? 32 : 40;
+  static constexpr int kLoaderRegisters = kThreads == 512 ? 32 : 40;
   static constexpr int kWideningRegisters = kFp8 ? 48 : 0;
   static constexpr int kComputeRegisters = kFp8 ? 216 : kGroups == 3 ? 160 : 232;
   // Those that a block is launched with: warpgroups that ask for more than others give wait
@@ -57,6 +65,9 @@ struct Tile {
     KeyRange common;    // that every row of the warpgroup sees
     int before, count;  // key tiles that none of them sees, then those that any of them sees
   } own[kGroups];
+  // Of all keys that the rows see, those above are one of so many pieces; `number` counts tiles
+  // whatever their piece is, and `first_part` the places for results before it.
+  int piece, pieces, number, first_part;
 };
 
 template <typename S>
@@ -69,6 +80,7 @@ struct Shared {
   uint64_t k_landed[S::kStages], v_landed[S::kStages];  // fp8
   Tile<S::kGroups> tiles[2];                            // whose rows are in q
   Tile<S::kGroups> found;                               // the next one
+  int pieces;                                           // of each tile, if it has as many keys
   // Of a KV head, up to and with the requests that a thread has counted.
   int tiles_up_to[S::kThreads];
   int warp_sums[S::kThreads / 32];
@@ -79,6 +91,7 @@ struct PrefillParams {
   AttentionParams attention;
   int box_keys;
   int section_heads;  // KV heads whose keys and values stay in the L2 cache together
+  int key_tiles;      // that a tile has at most
 };
 
 // Place in a ring.
@@ -101,6 +114,28 @@ __device__ int requests_a_thread(const AttentionParams& p) {
   return (p.batch + kThreads - 1) / kThreads;
 }
 
+struct Split {
+  int pieces;
+  float cost;  // of the launch, in the time that a tile of keys takes
+};
+
+// In how many pieces the keys of so many tiles are best split.
+__host__ __device__ inline Split best_split(const PrefillParams& d, int64_t tiles) {
+  const AttentionParams& p = d.attention;
+  const auto rounds = [&](int64_t units) {
+    return static_cast<float>((units + p.multiprocessors - 1) / p.multiprocessors);
+  };
+  Split best{1, rounds(tiles) * (kTileOverhead + d.key_tiles)};
+  if (p.batch_invariant) return best;
+  // The workspace has room for two parts a multiprocessor.
+  for (int n = 2; n * tiles <= 2 * p.multiprocessors && n <= d.key_tiles; ++n) {
+    const float each = static_cast<float>((d.key_tiles + n - 1) / n);
+    const float cost = rounds(n * tiles) * (kTileOverhead + each) + kJoinCost + n * kPieceCost;
+    if (cost < best.cost) best = {n, cost};
+  }
+  return best;
+}
+
 // All threads of the block count tiles together.
 template <typename S>
 __device__ void count_tiles(const AttentionParams& p, Shared<S>& shared) {
@@ -113,14 +148,17 @@ __device__ void count_tiles(const AttentionParams& p, Shared<S>& shared) {
   __syncthreads();
 }
 
+// The id-th piece of a tile. False if that tile has fewer.
 template <typename S>
-__device__ void find_tile(const PrefillParams& d, const Shared<S>& shared, int id,
+__device__ bool find_tile(const PrefillParams& d, const Shared<S>& shared, int id,
                           Tile<S::kGroups>& found) {
   const AttentionParams& p = d.attention;
   const int* up_to = shared.tiles_up_to;
   const int total = up_to[S::kThreads - 1];
   found.request.index = kEnd;
-  if (id >= total * p.kv_heads) return;
+  found.piece = id % shared.pieces;
+  id /= shared.pieces;
+  if (id >= total * p.kv_heads) return true;
   // Late tiles first: under a causal mask they are the heaviest, and the light ones at the end even
   // out. The KV heads of a section go together.
   const int section = id / (total * d.section_heads);
@@ -141,11 +179,23 @@ __device__ void find_tile(const PrefillParams& d, const Shared<S>& shared, int i
   const int last = p.group_divisor(min(row0 + S::kBlockM, request.rows) - 1);
   found.request = request;
   found.row0 = row0;
-  const KeyRange keys = request.keys(p, first, last);
+  KeyRange keys = request.keys(p, first, last);
   const auto key_tiles_to = [&](int key) { return (key - found.key0 + kBlockN - 1) / kBlockN; };
-  found.keys = keys;
   found.key0 = request.tile_begin<kBlockN>(p, keys.begin);
   found.key_tiles = keys.begin < keys.end ? key_tiles_to(keys.end) : 0;
+  found.number = tile * p.kv_heads + found.kv_head;
+  found.first_part = found.number * shared.pieces;
+  found.pieces = max(1, min(shared.pieces, found.key_tiles));
+  if (found.piece >= found.pieces) return false;
+  if (found.pieces > 1) {
+    const int before = found.piece * found.key_tiles / found.pieces;
+    const int up_to_own = (found.piece + 1) * found.key_tiles / found.pieces;
+    keys = {max(keys.begin, found.key0 + before * kBlockN),
+            min(keys.end, found.key0 + up_to_own * kBlockN)};
+    found.key0 += before * kBlockN;
+    found.key_tiles = up_to_own - before;
+  }
+  found.keys = keys;
 #pragma unroll 1
   for (int group = 0; group < S::kGroups; ++group) {
     auto& own = found.own[group];
@@ -154,12 +204,14 @@ __device__ void find_tile(const PrefillParams& d, const Shared<S>& shared, int i
     if (own_row0 >= request.rows) continue;
     const int own_first = p.group_divisor(own_row0);
     const int own_last = p.group_divisor(min(own_row0 + 64, request.rows) - 1);
-    const KeyRange seen = request.keys(p, own_first, own_last);
+    const KeyRange all = request.keys(p, own_first, own_last);
+    const KeyRange seen{max(all.begin, keys.begin), min(all.end, keys.end)};
     own.common = {request.keys(p, own_last).begin, request.keys(p, own_first).end};
     if (seen.begin >= seen.end) continue;
     own.before = found.key_tiles - key_tiles_to(seen.end);
     own.count = key_tiles_to(seen.end) - (seen.begin - found.key0) / kBlockN;
   }
+  return true;
 }
 
 // A ring of tiles of keys or of values, and the warp that fills it.
@@ -320,13 +372,18 @@ __device__ void load_queries(const PrefillParams& d, Shared<S>& shared, int thre
   const AttentionParams& p = d.attention;
   const int blocks = static_cast<int>(gridDim.x);
   int id = blockIdx.x;
+  if (thread == 0)
+    shared.pieces = best_split(d, int64_t{shared.tiles_up_to[S::kThreads - 1]} * p.kv_heads).pieces;
   for (Place<2> tiles;; tiles.advance()) {
     Tile<S::kGroups>& tile = shared.tiles[tiles.index];
     if (thread == 0) {
       // Found before its place is free.
-      find_tile(d, shared, id, shared.found);
+      while (!find_tile(d, shared, id, shared.found)) id = blocks + atomicAdd(p.tile_counters, 1);
       mbarrier_wait(&shared.q_empty[tiles.index], tiles.phase ^ 1);
-      tile = shared.found;
+      constexpr int kWords = sizeof(tile) / sizeof(int);
+#pragma unroll 1
+      for (int i = 0; i < kWords; ++i)  // registers are short
+        reinterpret_cast<int*>(&tile)[i] = reinterpret_cast<const int*>(&shared.found)[i];
       mbarrier_arrive(&shared.tile_full[tiles.index]);
       if (tile.request.index != kEnd) id = blocks + atomicAdd(p.tile_counters, 1);
     }
@@ -402,6 +459,68 @@ __device__ void narrow_queries(char* q, int warp_row, float (&factors)[2]) {
       if (own >= 0 && own < kRows) factors[h] = factor;
     }
   }
+}
+
+// A warp's rows lane / 4 and 8 below it, of one piece: the weighted sums of values, the maxima in
+// natural units, the sums of weights. The last piece to come here gets those of all pieces, added
+// up in their order, and true.
+template <int kBlockM, int kHeadDim>
+__device__ bool join_pieces(const AttentionParams& p, int64_t first_part, int piece, int pieces,
+                            int* counter, int row, float (&out)[kHeadDim / 2], float (&peak)[2],
+                            float (&sum)[2]) {
+  constexpr int kPartFloats = kBlockM * (kHeadDim + 2);
+  static_assert(2 * kPartFloats <= kWorkspaceFloats);
+  const int lane = threadIdx.x % 32;
+  float* first = p.partials + first_part * kPartFloats;
+  const int own = row * kHeadDim + 2 * (lane % 4), own_peak = kBlockM * kHeadDim + row;
+  float* part = first + piece * kPartFloats;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 8; ++n) {
+      *reinterpret_cast<float2*>(part + own + 8 * (h * kHeadDim + n)) = {out[4 * n + 2 * h],
+                                                                         out[4 * n + 2 * h + 1]};
+    }
+    if (lane % 4 == 0) {
+      part[own_peak + 8 * h] = peak[h];
+      part[own_peak + kBlockM + 8 * h] = sum[h];
+    }
+  }
+  __syncwarp();
+  int last = 0;
+  if (lane == 0) {
+    last = add_acquire_release(counter, 1) == pieces - 1;
+    if (last) *counter = 0;
+  }
+  __syncwarp();
+  if (!__shfl_sync(~0u, last, 0)) return false;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    peak[h] = -INFINITY, sum[h] = 0;
+#pragma unroll 4
+    for (int k = 0; k < pieces; ++k)
+      peak[h] = fmaxf(peak[h], __ldcg(first + k * kPartFloats + own_peak + 8 * h));
+  }
+#pragma unroll
+  for (int j = 0; j < kHeadDim / 2; ++j) out[j] = 0;
+#pragma unroll 1
+  for (int k = 0; k < pieces; ++k) {
+    part = first + k * kPartFloats;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float its_peak = __ldcg(part + own_peak + 8 * h);
+      const float factor = peak[h] == -INFINITY ? 0.0f : exp2_approx((its_peak - peak[h]) * kLog2e);
+      sum[h] += factor * __ldcg(part + own_peak + kBlockM + 8 * h);
+#pragma unroll
+      for (int n = 0; n < kHeadDim / 8; ++n) {
+        const float2 two =
+            __ldcg(reinterpret_cast<const float2*>(part + own + 8 * (h * kHeadDim + n)));
+        out[4 * n + 2 * h] += factor * two.x;
+        out[4 * n + 2 * h + 1] += factor * two.y;
+      }
+    }
+  }
+  return true;
 }
 
 template <typename T, typename KV, int kHeadDim, int kGroups>
@@ -596,6 +715,8 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
     }
     const int rows = tile.request.rows, q_begin = tile.request.q_begin, kv_head = tile.kv_head;
     const int first_row = tile.row0 + group_row + warp_row + lane / 4;
+    const int piece = tile.piece, pieces = tile.pieces;
+    const int number = tile.number, first_part = tile.first_part;
     warp_arrive(&shared.q_empty[q_place.index]);
     if (count > 0) {
       mbarrier_wait(&shared.v_full[v_place.index], v_place.phase);
@@ -610,14 +731,23 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
 
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float sum = row_sum[h];
-      sum += __shfl_xor_sync(~0u, sum, 1);
-      sum += __shfl_xor_sync(~0u, sum, 2);
+      row_sum[h] += __shfl_xor_sync(~0u, row_sum[h], 1);
+      row_sum[h] += __shfl_xor_sync(~0u, row_sum[h], 2);
+      if (row_max[h] != -INFINITY) row_max[h] *= S::kFp8 ? p.scale * score_factor[h] : p.scale;
+    }
+    if (pieces > 1) {
+      const int warp = 4 * group + warp_row / 16;
+      if (!join_pieces<S::kBlockM, kHeadDim>(
+              p, first_part, piece, pieces, p.arrivals + number * 4 * kGroups + warp,
+              group_row + warp_row + lane / 4, out, row_max, row_sum))
+        continue;
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
       const int row = min(first_row + 8 * h, rows - 1);
       const int query = p.group_divisor(row), head = kv_head * p.group + row - query * p.group;
       const int64_t token = int64_t{q_begin} + query;
-      const RowState state =
-          finish_row(p, row_max[h] * (S::kFp8 ? p.scale * score_factor[h] : p.scale), sum, head);
+      const RowState state = finish_row(p, row_max[h], row_sum[h], head);
       T* destination = static_cast<T*>(p.out) + token * p.out_stride_token +
                        head * p.out_stride_head + 8 * (lane % 4);
 #pragma unroll
@@ -703,18 +833,26 @@ cudaError_t launch(const PrefillParams& d, cudaStream_t stream) {
       Launch<PrefillParams>{kernel, d.attention.multiprocessors, S::kThreads, kBytes}, d, stream);
 }
 
+// That a tile of 64 rows has.
+int most_key_tiles(const AttentionParams& p) {
+  int64_t keys = p.max_seqlen_k;
+  if (p.window_left >= 0 && p.window_right >= 0)
+    keys = std::min<int64_t>(keys, int64_t{p.window_left} + p.window_right + 64 / p.group + 1);
+  return static_cast<int>((keys + kBlockN - 1) / kBlockN);
+}
+
 // How many warpgroups a block has: as many as share their keys well, fewer where that leaves
 // multiprocessors idle or tiles half empty. Requests are taken to be as long as the longest.
-int choose_groups(const AttentionParams& p, int most) {
+int choose_groups(const PrefillParams& d, int most) {
+  const AttentionParams& p = d.attention;
   if (p.batch_invariant) return 2;  // others are compiled apart, and may round otherwise
   const int64_t rows = int64_t{p.max_seqlen_q} * p.group;
   const int64_t requests = (p.total_q + p.max_seqlen_q - 1) / p.max_seqlen_q;
   int best = most;
-  double least = 0;
+  float least = 0;
   for (int groups = most; groups > 0; --groups) {
     const int64_t tiles = (rows + 64 * groups - 1) / (64 * groups) * requests * p.kv_heads;
-    const double cost = static_cast<double>((tiles + p.multiprocessors - 1) / p.multiprocessors) *
-                        (kTileCost + groups);
+    const float cost = best_split(d, tiles).cost * (kTileCost + groups);
     if (groups == most || cost < least) best = groups, least = cost;
   }
   return best;
@@ -728,6 +866,7 @@ cudaError_t prefill(const AttentionParams& p, cudaStream_t stream) {
   PrefillParams d{};
   d.attention = p;
   d.box_keys = box_keys(p, kBlockN);
+  d.key_tiles = most_key_tiles(p);
   // Sections are alike: a small one at the end would leave multiprocessors idle.
   const int64_t head_bytes = int64_t{2} * kRowBytes * p.max_seqlen_k;
   d.section_heads = p.kv_heads;
@@ -742,7 +881,7 @@ cudaError_t prefill(const AttentionParams& p, cudaStream_t stream) {
   // Rows of a head_dim of 64 are cheap, so there can be more of them; but the warps that widen fp8
   // need the registers.
   constexpr int kMostGroups = kHeadDim == 64 && sizeof(KV) == 2 ? 3 : 2;
-  switch (choose_groups(p, kMostGroups)) {
+  switch (choose_groups(d, kMostGroups)) {
     case 1:
       return launch<T, KV, kHeadDim, 1>(d, stream);
     case 2:

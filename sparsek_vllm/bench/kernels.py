@@ -467,6 +467,14 @@ def paged_prefill(warm: bool) -> Iterator[Row]:
                 yield _causal_row(f"{batch} x {rows} on {keys} D={head_dim} page {page}", case)
 
 
+def chunks(warm: bool) -> Iterator[Row]:
+    """Causal, bf16, 32/8 heads, page 16: few new tokens on long contexts, as when a chat goes on."""
+    for head_dim in (128, 64):
+        for batch, rows, keys in CHUNK_SHAPES:
+            case = Paged([rows] * batch, [keys] * batch, head_dim, 16, warm=warm)
+            yield _causal_row(f"{batch} x {rows} on {keys} D={head_dim}", case)
+
+
 def mixed(warm: bool) -> Iterator[Row]:
     """Causal, over pages of 16: prompts of very different lengths, and prompts beside decodes."""
     random_lengths = random.Random(0)
@@ -519,6 +527,17 @@ DECODE_SHAPES = (
     (8, 131072),
 )
 PAGED_PREFILL_SHAPES = ((1, 8192, 8192), (4, 2048, 2048), (1, 2048, 32768), (16, 512, 4096))
+CHUNK_SHAPES = (
+    (1, 32, 65536),
+    (1, 64, 65536),
+    (1, 128, 65536),
+    (1, 200, 65536),
+    (1, 384, 65536),
+    (1, 128, 16384),
+    (1, 256, 16384),
+    (2, 128, 16384),
+    (1, 256, 4096),
+)
 SETS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "decode": decode,
     "uneven": uneven,
@@ -527,6 +546,7 @@ SETS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "prefill": prefill,
     "paged-prefill": paged_prefill,
     "fp8-prefill": fp8_prefill,
+    "chunks": chunks,
     "mixed": mixed,
     "small": small,
 }

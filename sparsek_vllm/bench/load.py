@@ -43,6 +43,7 @@ LOADS = (
     Load(32, 16384, 256, 64),
     Load(256, 16384, 256, 256),
 )
+_WARM_UP = Load(32, 1024, 32, 64)
 _BESIDE_KV_BYTES = 24 << 30  # of an engine: weights of 8B parameters, activations, graphs
 METRICS = ("total_token_throughput", "median_ttft_ms", "median_tpot_ms")
 
@@ -73,6 +74,8 @@ def run(
         *("--tensor-parallel-size", str(tensor_parallel_size)),
     )
     with _servers(shape, backends, settings) as (tokenizer, servers):
+        for server in servers.values():
+            _ask(server, tokenizer, _WARM_UP)
         for number, load in enumerate(loads):
             # Each is the first every other time.
             for backend, server in list(servers.items())[:: -1 if number % 2 else 1]:

@@ -16,10 +16,6 @@ SUPPORTED_ARCHS = ("sm_90a", "sm_100")
 
 _logger = logging.getLogger("sparsek_vllm")
 
-# Of the portable decode kernel: thread blocks a multiprocessor, floats a thread block.
-DECODE_BLOCKS = 2
-DECODE_FLOATS = 2 * 16 * (max(build.HEAD_DIMS) + 2)
-
 
 _DEFAULTS = _config.Config()
 _TILE_FIELDS = ("block_m", "block_n", "num_stages", "num_warps")
@@ -155,6 +151,11 @@ def path_for_capability(major: int, minor: int, config: _config.Config, head_dim
 _workspaces: dict[tuple[int, int], torch.Tensor] = {}
 
 
+def workspace_floats(multiprocessors: int) -> int:
+    """Counters and parts of results, see ``kWorkspaceFloats`` in ``csrc/params.h``."""
+    return 4 + multiprocessors * (16 + 2 * 128 * (128 + 2))
+
+
 def workspace(device: torch.device) -> torch.Tensor | None:
     """What the kernels need beside their arguments: one for each stream, made once and kept.
 
@@ -181,8 +182,7 @@ def workspace(device: torch.device) -> torch.Tensor | None:
                 "run the function once before capturing it"
             )
         return shared
-    blocks = DECODE_BLOCKS * torch.cuda.get_device_properties(device).multi_processor_count
-    size = blocks * (DECODE_FLOATS + 1) + 8  # and 4 of prefill, and up to 3 to align
+    size = workspace_floats(torch.cuda.get_device_properties(device).multi_processor_count)
     _workspaces[key] = torch.zeros(size, dtype=torch.float32, device=device)
     return _workspaces[key]
 
