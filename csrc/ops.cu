@@ -203,8 +203,8 @@ struct LaunchAttention {
   }
 };
 
-// Which requests are decode's. It alone splits long keys, and on Hopper reads them once for every
-// kMostDecodeRows rows; prefill reads them once for many more.
+// Which requests are decode's. It splits long keys best (the portable prefill does not), and on
+// Hopper reads them once for every kMostDecodeRows rows; prefill reads them once for many more.
 void share_out_requests(AttentionParams& p, bool hopper, int64_t most_rows) {
   p.long_keys = 32 * 1024;
   if (p.batch_invariant) {
@@ -218,9 +218,11 @@ void share_out_requests(AttentionParams& p, bool hopper, int64_t most_rows) {
 #ifdef SPARSEK_SM90
     constexpr int kRows = sm90::kMostDecodeRows;
     const int64_t tiles = (most_rows + kRows - 1) / kRows * p.batch * p.kv_heads;
-    // Where tiles of all rows leave multiprocessors idle, splitting is quicker even if keys are
-    // read for each. Otherwise it is for requests that the others would wait for.
-    const bool few = 4 * tiles <= 3 * int64_t{p.multiprocessors};
+    // Decode also takes more rows where there are few of these tiles, though it reads keys for
+    // each: adding up what prefill splits takes as long as some thousand keys. And it takes
+    // requests that the others would wait for.
+    const int64_t quarters = p.max_seqlen_k > 8192 ? 1 : 3;
+    const bool few = 4 * tiles <= quarters * p.multiprocessors;
     p.decode_rows = few ? std::numeric_limits<int>::max() : kRows;
     p.long_decode_rows = few ? p.decode_rows : 2 * kRows;
 #endif

@@ -91,9 +91,9 @@ struct AttentionParams {
   int* tile_counters;  // two: of Hopper's prefill kernel
 };
 
-// As in sparsek_vllm/core/kernels.py. Floats: two parts of what Hopper's prefill kernel computes of
-// 128 rows of 128 numbers, their maxima and sums.
-constexpr int kWorkspaceFloats = 2 * 128 * (128 + 2), kWorkspaceCounters = 16;
+// As in sparsek_vllm/core/kernels.py. Floats: two parts of what Hopper's prefill kernel computes,
+// of 8 warps' threads 64 sums, two maxima and two sums of weights.
+constexpr int kWorkspaceFloats = 2 * 8 * 32 * (64 + 4), kWorkspaceCounters = 16;
 constexpr int kTileCounters = 4;  // as many as keep the rest aligned
 
 struct WriteParams {

@@ -29,7 +29,8 @@ constexpr int kSectionBytes = 40 << 20;  // of 50 or 60 MB of L2 cache
 constexpr float kTileCost = 3;           // of a tile, where a warpgroup's part of it costs 1
 // Measured in the time that a tile of keys takes: what a tile takes beside its keys, and what
 // adding pieces up takes, once and for each.
-constexpr float kTileOverhead = 1.5f, kJoinCost = 2, kPieceCost = 0.35f;
+constexpr float kTileOverhead = 1.5f, kJoinCost = 8, kPieceCost = 0.35f;
+constexpr int kLeastPiece = 8;  // of key tiles
 
 enum Barrier : int { kTileTaken = 1, kFirstTurn = 2, kFirstGroup = 5, kWidening = 8 };
 
@@ -120,15 +121,13 @@ struct Split {
 };
 
 // In how many pieces the keys of so many tiles are best split.
-__host__ __device__ inline Split best_split(const PrefillParams& d, int64_t tiles) {
-  const AttentionParams& p = d.attention;
-  const auto rounds = [&](int64_t units) {
-    return static_cast<float>((units + p.multiprocessors - 1) / p.multiprocessors);
-  };
+__host__ __device__ inline Split best_split(const PrefillParams& d, int tiles) {
+  const int blocks = d.attention.multiprocessors;
+  const auto rounds = [&](int units) { return static_cast<float>((units + blocks - 1) / blocks); };
   Split best{1, rounds(tiles) * (kTileOverhead + d.key_tiles)};
-  if (p.batch_invariant) return best;
-  // The workspace has room for two parts a multiprocessor.
-  for (int n = 2; n * tiles <= 2 * p.multiprocessors && n <= d.key_tiles; ++n) {
+  if (d.attention.batch_invariant || tiles > blocks) return best;
+  // The workspace has room for two parts a block.
+  for (int n = 2; n * tiles <= 2 * blocks && n * kLeastPiece <= d.key_tiles; ++n) {
     const float each = static_cast<float>((d.key_tiles + n - 1) / n);
     const float cost = rounds(n * tiles) * (kTileOverhead + each) + kJoinCost + n * kPieceCost;
     if (cost < best.cost) best = {n, cost};
@@ -373,19 +372,22 @@ __device__ void load_queries(const PrefillParams& d, Shared<S>& shared, int thre
   const int blocks = static_cast<int>(gridDim.x);
   int id = blockIdx.x;
   if (thread == 0)
-    shared.pieces = best_split(d, int64_t{shared.tiles_up_to[S::kThreads - 1]} * p.kv_heads).pieces;
+    shared.pieces = best_split(d, shared.tiles_up_to[S::kThreads - 1] * p.kv_heads).pieces;
   for (Place<2> tiles;; tiles.advance()) {
     Tile<S::kGroups>& tile = shared.tiles[tiles.index];
-    if (thread == 0) {
+    if (thread < 32) {
       // Found before its place is free.
-      while (!find_tile(d, shared, id, shared.found)) id = blocks + atomicAdd(p.tile_counters, 1);
+      if (thread == 0)
+        while (!find_tile(d, shared, id, shared.found)) id = blocks + atomicAdd(p.tile_counters, 1);
+      __syncwarp();
       mbarrier_wait(&shared.q_empty[tiles.index], tiles.phase ^ 1);
       constexpr int kWords = sizeof(tile) / sizeof(int);
 #pragma unroll 1
-      for (int i = 0; i < kWords; ++i)  // registers are short
+      for (int i = thread; i < kWords; i += 32)
         reinterpret_cast<int*>(&tile)[i] = reinterpret_cast<const int*>(&shared.found)[i];
-      mbarrier_arrive(&shared.tile_full[tiles.index]);
-      if (tile.request.index != kEnd) id = blocks + atomicAdd(p.tile_counters, 1);
+      warp_arrive(&shared.tile_full[tiles.index]);
+      if (thread == 0 && shared.found.request.index != kEnd)
+        id = blocks + atomicAdd(p.tile_counters, 1);
     }
     barrier_sync<64>(kTileTaken);
     const int q_begin = tile.request.q_begin, rows = tile.request.rows, row0 = tile.row0;
@@ -461,31 +463,23 @@ __device__ void narrow_queries(char* q, int warp_row, float (&factors)[2]) {
   }
 }
 
-// A warp's rows lane / 4 and 8 below it, of one piece: the weighted sums of values, the maxima in
-// natural units, the sums of weights. The last piece to come here gets those of all pieces, added
-// up in their order, and true.
-template <int kBlockM, int kHeadDim>
+// A thread's sums over one piece of the keys, and of its two rows the maxima in natural units and
+// the sums of weights. The warp that is the last of the pieces to come here gets those over all of
+// them, added up in their order, and true.
+template <int kWarps, int kHeadDim>
 __device__ bool join_pieces(const AttentionParams& p, int64_t first_part, int piece, int pieces,
-                            int* counter, int row, float (&out)[kHeadDim / 2], float (&peak)[2],
+                            int* counter, int warp, float (&out)[kHeadDim / 2], float (&peak)[2],
                             float (&sum)[2]) {
-  constexpr int kPartFloats = kBlockM * (kHeadDim + 2);
-  static_assert(2 * kPartFloats <= kWorkspaceFloats);
+  constexpr int kSums = kHeadDim / 8, kPart = kWarps * (kSums + 1) * 32;  // of four floats
+  static_assert(2 * 4 * kPart <= kWorkspaceFloats);
   const int lane = threadIdx.x % 32;
-  float* first = p.partials + first_part * kPartFloats;
-  const int own = row * kHeadDim + 2 * (lane % 4), own_peak = kBlockM * kHeadDim + row;
-  float* part = first + piece * kPartFloats;
+  float4* first =
+      reinterpret_cast<float4*>(p.partials) + first_part * kPart + warp * ((kSums + 1) * 32) + lane;
+  float4* own = first + piece * kPart;
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-#pragma unroll
-    for (int n = 0; n < kHeadDim / 8; ++n) {
-      *reinterpret_cast<float2*>(part + own + 8 * (h * kHeadDim + n)) = {out[4 * n + 2 * h],
-                                                                         out[4 * n + 2 * h + 1]};
-    }
-    if (lane % 4 == 0) {
-      part[own_peak + 8 * h] = peak[h];
-      part[own_peak + kBlockM + 8 * h] = sum[h];
-    }
-  }
+  for (int i = 0; i < kSums; ++i)
+    own[32 * i] = {out[4 * i], out[4 * i + 1], out[4 * i + 2], out[4 * i + 3]};
+  own[32 * kSums] = {peak[0], peak[1], sum[0], sum[1]};
   __syncwarp();
   int last = 0;
   if (lane == 0) {
@@ -494,30 +488,31 @@ __device__ bool join_pieces(const AttentionParams& p, int64_t first_part, int pi
   }
   __syncwarp();
   if (!__shfl_sync(~0u, last, 0)) return false;
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    peak[h] = -INFINITY, sum[h] = 0;
+  peak[0] = peak[1] = -INFINITY;
 #pragma unroll 4
-    for (int k = 0; k < pieces; ++k)
-      peak[h] = fmaxf(peak[h], __ldcg(first + k * kPartFloats + own_peak + 8 * h));
+  for (int k = 0; k < pieces; ++k) {
+    const float4 state = __ldcg(first + k * kPart + 32 * kSums);
+    peak[0] = fmaxf(peak[0], state.x), peak[1] = fmaxf(peak[1], state.y);
   }
+  sum[0] = sum[1] = 0;
 #pragma unroll
   for (int j = 0; j < kHeadDim / 2; ++j) out[j] = 0;
 #pragma unroll 1
   for (int k = 0; k < pieces; ++k) {
-    part = first + k * kPartFloats;
+    const float4* part = first + k * kPart;
+    const float4 state = __ldcg(part + 32 * kSums);
+    const auto weight = [](float own_peak, float peak) {
+      return peak == -INFINITY ? 0.0f : exp2_approx((own_peak - peak) * kLog2e);
+    };
+    const float factor[2] = {weight(state.x, peak[0]), weight(state.y, peak[1])};
+    sum[0] += factor[0] * state.z, sum[1] += factor[1] * state.w;
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float its_peak = __ldcg(part + own_peak + 8 * h);
-      const float factor = peak[h] == -INFINITY ? 0.0f : exp2_approx((its_peak - peak[h]) * kLog2e);
-      sum[h] += factor * __ldcg(part + own_peak + kBlockM + 8 * h);
-#pragma unroll
-      for (int n = 0; n < kHeadDim / 8; ++n) {
-        const float2 two =
-            __ldcg(reinterpret_cast<const float2*>(part + own + 8 * (h * kHeadDim + n)));
-        out[4 * n + 2 * h] += factor * two.x;
-        out[4 * n + 2 * h + 1] += factor * two.y;
-      }
+    for (int i = 0; i < kSums; ++i) {
+      const float4 four = __ldcg(part + 32 * i);
+      out[4 * i] += factor[0] * four.x;
+      out[4 * i + 1] += factor[0] * four.y;
+      out[4 * i + 2] += factor[1] * four.z;
+      out[4 * i + 3] += factor[1] * four.w;
     }
   }
   return true;
@@ -737,9 +732,9 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
     }
     if (pieces > 1) {
       const int warp = 4 * group + warp_row / 16;
-      if (!join_pieces<S::kBlockM, kHeadDim>(
-              p, first_part, piece, pieces, p.arrivals + number * 4 * kGroups + warp,
-              group_row + warp_row + lane / 4, out, row_max, row_sum))
+      if (!join_pieces<4 * kGroups, kHeadDim>(p, first_part, piece, pieces,
+                                              p.arrivals + number * 4 * kGroups + warp, warp, out,
+                                              row_max, row_sum))
         continue;
     }
 #pragma unroll
@@ -779,7 +774,7 @@ __global__ void __launch_bounds__(Shape<KV, kHeadDim, kGroups>::kThreads, 1)
     prefetch_tensor_map(&d.v);
     constexpr int kWarps = 4 * kGroups;  // that compute
     for (int i = 0; i < 2; ++i) {
-      mbarrier_init(&shared.tile_full[i], 1);
+      mbarrier_init(&shared.tile_full[i], kWarpArrivals);
       mbarrier_init(&shared.q_full[i], 2 * kWarpArrivals);  // of the warps that bring queries
       // And those of keys and values, and those that widen them.
       mbarrier_init(&shared.q_empty[i], (kWarps + 2 + (S::kFp8 ? 4 : 0)) * kWarpArrivals);
@@ -852,7 +847,8 @@ int choose_groups(const PrefillParams& d, int most) {
   float least = 0;
   for (int groups = most; groups > 0; --groups) {
     const int64_t tiles = (rows + 64 * groups - 1) / (64 * groups) * requests * p.kv_heads;
-    const float cost = best_split(d, tiles).cost * (kTileCost + groups);
+    const int few = static_cast<int>(std::min<int64_t>(tiles, 1 << 24));
+    const float cost = best_split(d, few).cost * (kTileCost + groups);
     if (groups == most || cost < least) best = groups, least = cost;
   }
   return best;

@@ -153,7 +153,7 @@ _workspaces: dict[tuple[int, int], torch.Tensor] = {}
 
 def workspace_floats(multiprocessors: int) -> int:
     """Counters and parts of results, see ``kWorkspaceFloats`` in ``csrc/params.h``."""
-    return 4 + multiprocessors * (16 + 2 * 128 * (128 + 2))
+    return 4 + multiprocessors * (16 + 2 * 8 * 32 * (64 + 4))
 
 
 def workspace(device: torch.device) -> torch.Tensor | None:
