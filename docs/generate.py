@@ -50,12 +50,13 @@ set_default_config(Config(block_n=32, num_stages=4))
 | --- | --- | --- | --- | --- |
 {chr(10).join(rows)}
 
-A variable that cannot be parsed is a `ValueError` that names it. The tile fields are those of the
-prefill kernel; one at its default is chosen by the dispatcher, any other pins a variant, which
-compiles once. Tiles that cannot be built are refused with the list of those that can. The portable
-kernels use neither TMA nor warp specialisation nor a persistent grid, whatever those three fields
-say; Hopper's own (`kernels="hopper"`) use all three, with tiles of their own. A `Config` takes
-effect when it is set, not when a field of it changes later.
+A variable that cannot be parsed is a `ValueError` that names it. The tile fields are those of
+prefill; one at its default is chosen by the dispatcher, any other pins a variant, which compiles
+once. Tiles that cannot be built are refused with the list of those that can. Hopper's own kernels
+are persistent, warp-specialised and use TMA; with one of these three fields `False`, or with tiles
+that only the portable kernels can have, those serve, which are and use none of it. Tiles that only
+Hopper's own can have (`Config(block_m=128, block_n=128)`) leave the portable ones as they are. A
+`Config` takes effect when it is set, not when a field of it changes later.
 
 ## More variables
 
@@ -198,7 +199,8 @@ What vLLM does around attention, and the test that shows it with this backend:
 | `tests/gpu/test_vllm_features.py` |
 | batch invariance | `tests/test_kernels.py`, emulated | `tests/gpu/test_vllm_models.py` |
 | popular models' shapes: Gemma 2 and 3, Mistral, gpt-oss, Phi, Llama, Qwen, Granite 4 (Mamba), \
-Whisper, a LoRA adapter, an EAGLE head | `tests/test_vllm_models.py` | `tests/gpu/test_vllm_models.py` |
+Whisper, a LoRA adapter, an EAGLE head | `tests/test_vllm_models.py` \
+| `tests/gpu/test_vllm_models.py` |
 | LLaVA, weights in fp8, keys offloaded to the host | | `tests/gpu/test_vllm_models.py` |
 | tensor parallelism | `tests/test_vllm_parallel.py` | `tests/gpu/test_vllm_two_gpus.py` |
 | pipeline parallelism | | `tests/gpu/test_vllm_two_gpus.py` |

@@ -130,19 +130,31 @@ def test_exponentials_run_under_the_product(library: Path) -> None:
     assert checked == HOPPER_PREFILL
 
 
-@pytest.mark.parametrize("kv", ["__nv_bfloat16", "E4M3"])
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_products_are_asynchronous(head_dim: int, kv: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("head_dim", "kv", "variant"),
+    [
+        (64, "__nv_bfloat16", build.DEFAULT),
+        (64, "__nv_bfloat16", build.Variant(hopper_warpgroups=1, hopper_stages=3)),
+        (64, "E4M3", build.DEFAULT),
+        (128, "__nv_bfloat16", build.DEFAULT),
+        (128, "E4M3", build.DEFAULT),
+    ],
+    ids=str,
+)
+def test_products_are_asynchronous(
+    head_dim: int, kv: str, variant: build.Variant, tmp_path: Path
+) -> None:
     """ptxas says so when it has to make wgmma wait, and goes on."""
     tools = build.find_tools()
     command = [
-        tools.nvcc, "-std=c++17", "-O3", "--use_fast_math", "-ccbin", tools.compiler,
+        tools.nvcc, "-std=c++17", "-O3", *variant.flags(), "-ccbin", tools.compiler,
         "-Xptxas", "-v", "-gencode", "arch=compute_90a,code=sm_90a",
         "-DSPARSEK_DTYPE=__nv_bfloat16", f"-DSPARSEK_KV={kv}", f"-DSPARSEK_HEAD_DIM={head_dim}",
         "-c", build.sources() / "sm90/prefill.cu", "-o", tmp_path / "o",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "registers" in done.stderr and "erialized" not in done.stderr, done.stderr
+    assert set(re.findall(r"(\d+) bytes spill", done.stderr)) == {"0"}
 
 
 def test_hopper_kernels_are_for_hopper_alone(library: Path) -> None:
@@ -280,19 +292,34 @@ def test_a_build_that_fails_says_why(tmp_path: Path) -> None:
         ({"num_warps": 8, "block_m": 256, "block_n": 96}, "each warp copies an equal part"),
         ({"num_stages": 1}, "num_stages is at least 2"),
         ({"block_n": 128}, "do not fit its registers"),
+        ({"kernels": "auto", "block_n": 256}, "do not fit its registers"),
+        ({"kernels": "hopper", "block_n": 32}, "Hopper's own kernels are persistent"),
+        ({"kernels": "hopper", "use_tma": False}, "warp-specialised, use TMA"),
+        ({"kernels": "hopper", "block_m": 128, "num_warps": 12}, "have few tiles"),
         ({"num_stages": 4}, r"tiles take \d+ bytes of shared memory, 101376 are allowed"),
     ],
 )
 def test_tiles_that_cannot_be_built_are_refused(fields: dict, reason: str) -> None:
     with pytest.raises(ValueError, match=reason) as error:
-        kernels.variant(Config(**fields))
+        kernels.variant(Config(**{"kernels": "portable", **fields}))
     assert "(block_m, block_n, num_stages, num_warps) can be (64, 32, 2, 4), " in str(error.value)
+    assert "Hopper's own prefill are: block_m 64, 128 or 192" in str(error.value)
 
 
 def test_configuration_selects_the_variant() -> None:
     assert kernels.variant(Config()) == build.DEFAULT
     chosen = kernels.variant(Config(block_n=32, num_stages=4, use_fast_math=False))
     assert chosen == build.Variant(block_n=32, num_stages=4, fast_math=False)
+    # Hopper's alone; both kernels'; only the portable ones'.
+    for fields, variant, path in (
+        ({"block_m": 128, "block_n": 128}, {"hopper_warpgroups": 2}, "hopper"),
+        ({"num_stages": 3}, {"hopper_stages": 3}, "hopper"),
+        ({"num_warps": 8}, {"num_warps": 8, "hopper_warpgroups": 2}, "hopper"),
+        ({"num_warps": 8, "use_tma": False}, {"num_warps": 8}, "portable"),
+        ({"block_m": 256, "block_n": 32, "num_warps": 8}, None, "portable"),
+    ):
+        assert kernels.variant(Config(**fields)) == build.Variant(**(variant or fields))
+        assert kernels.path_for_capability(9, 0, Config(**fields)) == path
     assert build.namespace(chosen) != build.namespace(build.DEFAULT) == "sparsek"
 
 

@@ -32,6 +32,15 @@ constexpr float kTileCost = 3;           // of a tile, where a warpgroup's part 
 constexpr float kTileOverhead = 1.5f, kJoinCost = 8, kPieceCost = 0.35f;
 constexpr int kLeastPiece = 8;  // of key tiles
 
+// Of Config, by sparsek_vllm/build; 0 for what is best.
+#ifndef SPARSEK_HOPPER_WARPGROUPS
+#define SPARSEK_HOPPER_WARPGROUPS 0
+#endif
+#ifndef SPARSEK_HOPPER_STAGES
+#define SPARSEK_HOPPER_STAGES 0
+#endif
+constexpr int kSharedBytes = 227 * 1024;
+
 enum Barrier : int { kTileTaken = 1, kFirstTurn = 2, kFirstGroup = 5, kWidening = 8 };
 
 template <typename KV, int kHeadDim_, int kGroups_>
@@ -39,11 +48,17 @@ struct Shape {
   static constexpr int kHeadDim = kHeadDim_, kGroups = kGroups_;
   static constexpr bool kFp8 = sizeof(KV) == 1;
   static constexpr int kBlockM = 64 * kGroups, kThreads = 128 * (kGroups + (kFp8 ? 2 : 1));
-  static constexpr int kStages = kHeadDim == 64 ? 4 : 2, kChunks = 2 * kHeadDim / kChunkBytes;
+  static constexpr int kChunks = 2 * kHeadDim / kChunkBytes;
   // Of keys or values as they arrive.
   static constexpr int kRowBytes = sizeof(KV) * kHeadDim, kArrivingBytes = kRowBytes * kBlockN;
   static constexpr int kArrivingChunks = kFp8 ? 1 : kChunks;
   static constexpr int kTileBytes = 2 * kHeadDim * kBlockN;
+  // Tiles in flight: beside them are two of queries, and 4 KB for the rest.
+  static constexpr int kStagesThatFit =
+      (kSharedBytes - 4096 - 4 * kHeadDim * kBlockM) / (2 * kTileBytes);
+  static constexpr int kStagesAsked =
+      SPARSEK_HOPPER_STAGES ? SPARSEK_HOPPER_STAGES : (kHeadDim == 64 ? 4 : 2);
+  static constexpr int kStages = kStagesAsked < kStagesThatFit ? kStagesAsked : kStagesThatFit;
   static constexpr int kLoaderRegisters = kThreads == 512 ? 32 : 40;
   static constexpr int kWideningRegisters = kFp8 ? 48 : 0;
   static constexpr int kComputeRegisters = kFp8 ? 216 : kGroups == 3 ? 160 : 232;
@@ -819,7 +834,7 @@ template <typename T, typename KV, int kHeadDim, int kGroups>
 cudaError_t launch(const PrefillParams& d, cudaStream_t stream) {
   using S = Shape<KV, kHeadDim, kGroups>;
   constexpr int kBytes = sizeof(Shared<S>);
-  static_assert(kBytes <= 227 * 1024);
+  static_assert(kBytes <= kSharedBytes);
   const auto kernel = prefill_kernel<T, KV, kHeadDim, kGroups>;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
@@ -840,6 +855,7 @@ int most_key_tiles(const AttentionParams& p) {
 // multiprocessors idle or tiles half empty. Requests are taken to be as long as the longest.
 int choose_groups(const PrefillParams& d, int most) {
   const AttentionParams& p = d.attention;
+  if (SPARSEK_HOPPER_WARPGROUPS) return std::min(SPARSEK_HOPPER_WARPGROUPS, most);
   if (p.batch_invariant) return 2;  // others are compiled apart, and may round otherwise
   const int64_t rows = int64_t{p.max_seqlen_q} * p.group;
   const int64_t requests = (p.total_q + p.max_seqlen_q - 1) / p.max_seqlen_q;

@@ -468,7 +468,7 @@ def paged_prefill(warm: bool) -> Iterator[Row]:
 
 
 def chunks(warm: bool) -> Iterator[Row]:
-    """Causal, bf16, 32/8 heads, page 16: few new tokens on long contexts, as when a chat goes on."""
+    """Causal, bf16, 32/8 heads, page 16: few new tokens, as when a long chat goes on."""
     for head_dim in (128, 64):
         for batch, rows, keys in CHUNK_SHAPES:
             case = Paged([rows] * batch, [keys] * batch, head_dim, 16, warm=warm)

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -49,6 +49,9 @@ _MINIMUM_CUDA = (12, 8)  # the first that knows sm_100
 _SHARED_BYTES = 99 * 1024
 
 
+TILE_FIELDS = ("block_m", "block_n", "num_stages", "num_warps")
+
+
 @dataclass(frozen=True)
 class Variant:
     """What the kernels are compiled with. The default is what the wheel carries.
@@ -62,6 +65,9 @@ class Variant:
         lineinfo: ``-lineinfo``.
         debug: assertions in the kernels.
         cutlass_path: a CUTLASS installation for kernels that borrow from it.
+        hopper_warpgroups: those of Hopper's own prefill that compute, 64 query rows each; 0 for as
+            many as fill the GPU best.
+        hopper_stages: its tiles in flight, if they fit; 0 for as many as are best.
     """
 
     block_m: int = 128
@@ -72,6 +78,8 @@ class Variant:
     lineinfo: bool = False
     debug: bool = False
     cutlass_path: str | None = None
+    hopper_warpgroups: int = 0
+    hopper_stages: int = 0
 
     def __str__(self) -> str:
         changed = {k: v for k, v in vars(self).items() if v != getattr(Variant, k)}
@@ -97,7 +105,7 @@ class Variant:
     def flags(self) -> list[str]:
         flags = [
             f"-DSPARSEK_{name.upper()}={getattr(self, name)}"
-            for name in ("block_m", "block_n", "num_stages", "num_warps")
+            for name in (*TILE_FIELDS, "hopper_warpgroups", "hopper_stages")
             if getattr(self, name) != getattr(Variant, name)
         ]
         if self.fast_math:
@@ -379,6 +387,29 @@ def _lock(path: Path) -> Iterator[None]:
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+HOPPER_TILES = (
+    "those of Hopper's own prefill are: block_m 64, 128 or 192, num_warps a sixteenth of it, "
+    "block_n 128, num_stages 2 to 6"
+)
+
+
+def hopper_tiles(tiles: Mapping[str, int]) -> dict[str, int] | None:
+    """The fields of :class:`Variant` by which Hopper's own prefill has these tiles, if it can.
+
+    Args:
+        tiles: some of ``TILE_FIELDS``; the others are chosen.
+    """
+    rows = {
+        tiles[name] * each for name, each in (("block_m", 1), ("num_warps", 16)) if name in tiles
+    }
+    stages = tiles.get("num_stages", 0)
+    if len(rows) > 1 or rows - {64, 128, 192} or stages not in (0, *range(2, 7)):
+        return None
+    if tiles.get("block_n", 128) != 128:
+        return None
+    return {"hopper_warpgroups": sum(rows) // 64, "hopper_stages": stages}
 
 
 def buildable() -> str:

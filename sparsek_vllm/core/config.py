@@ -56,9 +56,11 @@ class Config:
         kernels: ``"hopper"`` (Hopper's own where there is one, portable ones for the rest),
             ``"portable"``, or ``"auto"``: Hopper's own on Hopper, portable ones elsewhere.
 
-    The fields from ``block_m`` to ``num_warps`` and from ``persistent_kernel`` to ``use_tma`` are
-    those of the portable kernels: with one of them not at its default, ``"auto"`` is portable.
-    Above a head_dim of 128 tiles are what they are; so is ``block_m`` with fp8, softcap or bias.
+    Hopper's own kernels are persistent, warp-specialised and use TMA, and their prefill can have
+    tiles of 64, 128 or 192 by 128 with ``num_warps`` a sixteenth of ``block_m``: with other fields
+    ``"auto"`` is portable. There, above a head_dim of 128 tiles are what they are; so is
+    ``block_m`` with fp8, softcap or bias. On Hopper 192 rows are for a head_dim of 64 of 16 bits,
+    128 elsewhere, and ``num_stages`` is what fits.
 
     Raises:
         ValueError: a field has a value that no kernel can have.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from pathlib import Path
@@ -18,9 +19,9 @@ _logger = logging.getLogger("sparsek_vllm")
 
 
 _DEFAULTS = _config.Config()
-_TILE_FIELDS = ("block_m", "block_n", "num_stages", "num_warps")
-# Those of the portable kernels.
-_PORTABLE_FIELDS = (*_TILE_FIELDS, "persistent_kernel", "warp_specialized", "use_tma")
+# Hopper's own kernels are all of it.
+_HOPPER_FIELDS = ("persistent_kernel", "warp_specialized", "use_tma")
+_FIELDS_THAT_CHOOSE = (*build.TILE_FIELDS, *_HOPPER_FIELDS)
 
 
 def variant(config: _config.Config) -> build.Variant:
@@ -29,32 +30,53 @@ def variant(config: _config.Config) -> build.Variant:
     Raises:
         ValueError: no kernel can have these tiles; the message lists those that can be built.
     """
-    tiles = {
-        name: getattr(config, name)
-        for name in _TILE_FIELDS
-        if getattr(config, name) != getattr(_DEFAULTS, name)
-    }
-    wanted = build.Variant(
-        **tiles,
+    tuned = build.Variant(
         fast_math=config.use_fast_math,
         lineinfo=config.enable_profiling,
         debug=config.debug_mode,
         cutlass_path=config.cutlass_path,
     )
-    if problem := wanted.problem():
+    tiles = _tiles(config)
+    own = _hopper_tiles(config) if wants_hopper(config) else None
+    portable = dataclasses.replace(tuned, **tiles)
+    problem = portable.problem()
+    if config.kernels == "hopper" and own is None:
+        problem = (
+            "Hopper's own kernels are persistent, warp-specialised, use TMA, and have few tiles"
+        )
+    elif own is not None:
+        # Whatever tiles the portable kernels cannot have are Hopper's alone.
+        return dataclasses.replace(tuned if problem else portable, **own)
+    if problem:
         asked = ", ".join(f"{name}={value}" for name, value in tiles.items())
         raise ValueError(
             f"Config({asked}) cannot be built: {problem}. {build.buildable()}; "
-            "fields at their defaults are chosen for you"
+            f"{build.HOPPER_TILES}; fields at their defaults are chosen for you"
         )
-    return wanted
+    return portable
+
+
+def _tiles(config: _config.Config) -> dict[str, Any]:
+    """The tile fields that are not at their defaults."""
+    return {
+        name: getattr(config, name)
+        for name in build.TILE_FIELDS
+        if getattr(config, name) != getattr(_DEFAULTS, name)
+    }
 
 
 def wants_hopper(config: _config.Config) -> bool:
     """Whether Hopper's own kernels serve on Hopper."""
     if config.kernels != "auto":
         return config.kernels == "hopper"
-    return all(getattr(config, name) == getattr(_DEFAULTS, name) for name in _PORTABLE_FIELDS)
+    if all(getattr(config, name) == getattr(_DEFAULTS, name) for name in _FIELDS_THAT_CHOOSE):
+        return True
+    return _hopper_tiles(config) is not None
+
+
+def _hopper_tiles(config: _config.Config) -> dict[str, Any] | None:
+    whole = all(getattr(config, name) for name in _HOPPER_FIELDS)
+    return build.hopper_tiles(_tiles(config)) if whole else None
 
 
 def available() -> bool:

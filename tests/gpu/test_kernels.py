@@ -248,6 +248,7 @@ def test_merge_of_two_halves() -> None:
     "fields",
     [
         {"block_m": 128, "block_n": 32, "num_stages": 4},
+        {"block_m": 192, "block_n": 128, "num_stages": 3},
         {"block_m": 256, "num_warps": 8, "block_n": 32},
         {"use_fast_math": False},
         {"debug_mode": True, "enable_profiling": True},
