@@ -202,7 +202,8 @@ What vLLM does around attention, and the test that shows it with this backend:
 Whisper, a LoRA adapter, an EAGLE head | `tests/test_vllm_models.py` \
 | `tests/gpu/test_vllm_models.py` |
 | LLaVA, weights in fp8, keys offloaded to the host | | `tests/gpu/test_vllm_models.py` |
-| tensor parallelism | `tests/test_vllm_parallel.py` | `tests/gpu/test_vllm_two_gpus.py` |
+| tensor parallelism, by vLLM's own processes (Ray's have not been run) | `tests/test_vllm_parallel.py` \
+| `tests/gpu/test_vllm_two_gpus.py` |
 | pipeline parallelism | | `tests/gpu/test_vllm_two_gpus.py` |
 | decode context parallelism | `tests/test_vllm_context_parallel.py` \
 | `tests/gpu/test_vllm_two_gpus.py` |
@@ -211,7 +212,7 @@ Whisper, a LoRA adapter, an EAGLE head | `tests/test_vllm_models.py` \
 
 | GPU | |
 | --- | --- |
-| Hopper (sm_90) | runs, tested on an H100 and an H200 |
+| Hopper (sm_90) | runs, tested on an H100, an H200 and two H200 |
 | Blackwell (sm_100, sm_103) | compiles, never run |
 | later, and sm_120 | through PTX, never run |
 | older | refused |

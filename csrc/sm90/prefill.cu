@@ -199,7 +199,7 @@ __device__ bool find_tile(const PrefillParams& d, const Shared<S>& shared, int i
   found.key_tiles = keys.begin < keys.end ? key_tiles_to(keys.end) : 0;
   found.number = tile * p.kv_heads + found.kv_head;
   found.first_part = found.number * shared.pieces;
-  found.pieces = max(1, min(shared.pieces, found.key_tiles));
+  found.pieces = max(1, min(shared.pieces, found.key_tiles / kLeastPiece));
   if (found.piece >= found.pieces) return false;
   if (found.pieces > 1) {
     const int before = found.piece * found.key_tiles / found.pieces;
