@@ -203,8 +203,8 @@ struct LaunchAttention {
   }
 };
 
-// Which requests are decode's. It splits long keys best (the portable prefill does not), and on
-// Hopper reads them once for every kMostDecodeRows rows; prefill reads them once for many more.
+// Which requests are decode's. It splits long keys, which the portable prefill does not; on Hopper
+// it reads them once for every kMostDecodeRows rows, and prefill once for many more.
 void share_out_requests(AttentionParams& p, bool hopper, int64_t most_rows) {
   p.long_keys = 32 * 1024;
   if (p.batch_invariant) {
@@ -221,7 +221,7 @@ void share_out_requests(AttentionParams& p, bool hopper, int64_t most_rows) {
     // Decode also takes more rows where there are few of these tiles, though it reads keys for
     // each: adding up what prefill splits takes as long as some thousand keys. And it takes
     // requests that the others would wait for.
-    const int64_t quarters = p.max_seqlen_k > 8192 ? 1 : 3;
+    const int64_t quarters = most_keys(p, p.max_seqlen_q) > 8192 ? 1 : 3;
     const bool few = 4 * tiles <= quarters * p.multiprocessors;
     p.decode_rows = few ? std::numeric_limits<int>::max() : kRows;
     p.long_decode_rows = few ? p.decode_rows : 2 * kRows;
@@ -232,8 +232,8 @@ void share_out_requests(AttentionParams& p, bool hopper, int64_t most_rows) {
 
 // Fills in what follows from the rest and from the device, and launches.
 //
-// Batch-invariant, all is prefill's, which splits no keys and whose key tiles depend on the request
-// alone; without slack a row's rescaling does not depend on the others of its warp.
+// Batch-invariant, all is prefill's, which then splits no keys and whose key tiles depend on the
+// request alone; without slack a row's rescaling does not depend on the others of its warp.
 void run_attention(AttentionParams& p, const Tensor& q, bool fp8, const OptionalTensor& workspace,
                    bool hopper, int64_t min_seqlen_q) {
   const int64_t head_dim = q.size(q.dim() - 1), most_rows = int64_t{p.max_seqlen_q} * p.group;

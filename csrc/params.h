@@ -91,6 +91,13 @@ struct AttentionParams {
   int* tile_counters;  // two: of Hopper's prefill kernel
 };
 
+// Keys that so many queries, one behind the other, see together at most.
+inline int64_t most_keys(const AttentionParams& p, int64_t queries) {
+  if (p.window_left < 0 || p.window_right < 0) return p.max_seqlen_k;
+  const int64_t seen = int64_t{p.window_left} + p.window_right + queries;
+  return seen < p.max_seqlen_k ? seen : p.max_seqlen_k;
+}
+
 // As in sparsek_vllm/core/kernels.py. Floats: two parts of what Hopper's prefill kernel computes,
 // of 8 warps' threads 64 sums, two maxima and two sums of weights.
 constexpr int kWorkspaceFloats = 2 * 8 * 32 * (64 + 4), kWorkspaceCounters = 16;

@@ -54,9 +54,10 @@ A variable that cannot be parsed is a `ValueError` that names it. The tile field
 prefill; one at its default is chosen by the dispatcher, any other pins a variant, which compiles
 once. Tiles that cannot be built are refused with the list of those that can. Hopper's own kernels
 are persistent, warp-specialised and use TMA; with one of these three fields `False`, or with tiles
-that only the portable kernels can have, those serve, which are and use none of it. Tiles that only
-Hopper's own can have (`Config(block_m=128, block_n=128)`) leave the portable ones as they are. A
-`Config` takes effect when it is set, not when a field of it changes later.
+that only the portable kernels can have, `"auto"` means those, which are and use none of it. Tiles
+that only Hopper's own can have (`Config(block_m=128, block_n=128)`) leave the portable ones, which
+have the other head sizes there, as they are, and are refused on other GPUs. A `Config` takes effect
+when it is set, not when a field of it changes later.
 
 ## More variables
 
@@ -202,8 +203,8 @@ What vLLM does around attention, and the test that shows it with this backend:
 Whisper, a LoRA adapter, an EAGLE head | `tests/test_vllm_models.py` \
 | `tests/gpu/test_vllm_models.py` |
 | LLaVA, weights in fp8, keys offloaded to the host | | `tests/gpu/test_vllm_models.py` |
-| tensor parallelism, by vLLM's own processes (Ray's have not been run) | `tests/test_vllm_parallel.py` \
-| `tests/gpu/test_vllm_two_gpus.py` |
+| tensor parallelism, by vLLM's own processes (Ray's have not been run) \
+| `tests/test_vllm_parallel.py` | `tests/gpu/test_vllm_two_gpus.py` |
 | pipeline parallelism | | `tests/gpu/test_vllm_two_gpus.py` |
 | decode context parallelism | `tests/test_vllm_context_parallel.py` \
 | `tests/gpu/test_vllm_two_gpus.py` |

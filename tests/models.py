@@ -209,7 +209,9 @@ def _adapter(folder: Path, config: Any) -> None:
 
 
 def _eagle(folder: Path, config: Any) -> None:
-    """A layer on the model's states and the next token, in a folder of its own."""
+    """A layer on the model's states and the next token, in a folder of its own. Next to none of its
+    drafts is accepted: it is about the batches that they make.
+    """
     from safetensors.torch import save_file
     from transformers import LlamaForCausalLM
 

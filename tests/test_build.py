@@ -134,7 +134,7 @@ def test_exponentials_run_under_the_product(library: Path) -> None:
     ("head_dim", "kv", "variant"),
     [
         (64, "__nv_bfloat16", build.DEFAULT),
-        (64, "__nv_bfloat16", build.Variant(hopper_warpgroups=1, hopper_stages=3)),
+        (64, "__nv_bfloat16", build.Variant(hopper_stages=3)),
         (64, "E4M3", build.DEFAULT),
         (128, "__nv_bfloat16", build.DEFAULT),
         (128, "E4M3", build.DEFAULT),
@@ -303,7 +303,7 @@ def test_tiles_that_cannot_be_built_are_refused(fields: dict, reason: str) -> No
     with pytest.raises(ValueError, match=reason) as error:
         kernels.variant(Config(**{"kernels": "portable", **fields}))
     assert "(block_m, block_n, num_stages, num_warps) can be (64, 32, 2, 4), " in str(error.value)
-    assert "Hopper's own prefill are: block_m 64, 128 or 192" in str(error.value)
+    assert "Hopper's own prefill are: block_m 128 or 192" in str(error.value)
 
 
 def test_configuration_selects_the_variant() -> None:
@@ -321,6 +321,12 @@ def test_configuration_selects_the_variant() -> None:
         assert kernels.variant(Config(**fields)) == build.Variant(**(variant or fields))
         assert kernels.path_for_capability(9, 0, Config(**fields)) == path
     assert build.namespace(chosen) != build.namespace(build.DEFAULT) == "sparsek"
+
+
+def test_tiles_of_hopper_are_refused_elsewhere() -> None:
+    with pytest.raises(RuntimeError, match="'block_n': 128}, and the GPU is sm_100"):
+        kernels.path_for_capability(10, 0, Config(block_m=128, block_n=128))
+    assert kernels.path_for_capability(10, 0, Config(num_warps=8)) == "portable"
 
 
 def test_kernels_are_chosen_by_name() -> None:

@@ -14,7 +14,14 @@ import torch
 from batches import Batch
 from target import DEVICE
 
-from sparsek_vllm.core import DenseKV, PagedKV, varlen_attention, write_kv
+from sparsek_vllm.core import (
+    DenseKV,
+    PagedKV,
+    get_default_config,
+    kernels,
+    varlen_attention,
+    write_kv,
+)
 
 pytestmark = pytest.mark.on_kernels
 
@@ -76,15 +83,22 @@ def test_few_queries_on_long_keys(
     options: dict, dtype: torch.dtype, head_dim: int, fp8: bool
 ) -> None:
     """Fewer tiles of queries than multiprocessors: several of those share a tile's keys."""
-    if options.get("sinks"):
-        options = {"sinks": torch.randn(2 if ON_GPU else 1, device=DEVICE)}
+    space = kernels.workspace(DEVICE)
+    blocks = space.numel() // (kernels.WORKSPACE_COUNTERS + kernels.WORKSPACE_FLOATS)
+    parts = space[-blocks * kernels.WORKSPACE_FLOATS :]
     if ON_GPU:
         batches = [[(700, 20_000)], [(300, 9000), (200, 200), (1, 7000)], [(2100, 30_000)]]
     else:
-        batches = [[(100, 3300)], [(130, 4200), (100, 100), (1, 700)]]
+        batches = [[(100, 3300)], [(42, 4200), (33, 100), (1, 700)]]
     for lengths in batches:
-        heads = 2 if ON_GPU else 1
-        Batch(lengths, heads, 1, head_dim, dtype, 48, "hnd", fp8=fp8).check(**options)
+        parts.fill_(torch.nan)
+        heads, group = 2 if ON_GPU else 1, 3 if len(lengths) > 1 else 1
+        if "sinks" in options:
+            options = {"sinks": torch.randn(heads * group, device=DEVICE)}
+        Batch(lengths, heads, group, head_dim, dtype, 48, "hnd", fp8=fp8).check(**options)
+        # Were they shared? Only prefill is here, and the portable one leaves no parts.
+        if len(lengths) == 1 and kernels.wants_hopper(get_default_config()):
+            assert not parts.isnan().all()
 
 
 # Beside 64 and 128, which the rest is about.
@@ -249,7 +263,7 @@ def test_nan_of_one_head_stays_there(value: float, rows: int) -> None:
 )
 def test_batch_invariance(head_dim: int, fp8: bool, options: dict) -> None:
     """A request alone, in chunks and token by token: the bits that it has beside others."""
-    lengths = [(150, 700), (1, 500), (333, 333), (7, 260)]
+    lengths = [(150, 700), (1, 500), (333, 333), (7, 260), (30, 2500)]
     batch = Batch(lengths, 2, 4, head_dim, fp8=fp8)
     # Maxima that grow along the keys, at their own pace for each row.
     batch.k = [(k * torch.linspace(0.2, 3, len(k), device=DEVICE)[:, None, None]).to(k.dtype)

@@ -27,8 +27,8 @@ constexpr int kBlockN = 128;
 constexpr int kEnd = -1;                 // in place of a request: there are no more tiles
 constexpr int kSectionBytes = 40 << 20;  // of 50 or 60 MB of L2 cache
 constexpr float kTileCost = 3;           // of a tile, where a warpgroup's part of it costs 1
-// Measured in the time that a tile of keys takes: what a tile takes beside its keys, and what
-// adding pieces up takes, once and for each.
+// In the time that a tile of keys takes: what a tile takes beside its keys, and what adding pieces
+// up takes, once and for each. The last two are guesses from how an earlier layout did.
 constexpr float kTileOverhead = 1.5f, kJoinCost = 8, kPieceCost = 0.35f;
 constexpr int kLeastPiece = 8;  // of key tiles
 
@@ -107,7 +107,7 @@ struct PrefillParams {
   AttentionParams attention;
   int box_keys;
   int section_heads;  // KV heads whose keys and values stay in the L2 cache together
-  int key_tiles;      // that a tile has at most
+  int key_tiles;      // that 64 rows need, by the longest request
 };
 
 // Place in a ring.
@@ -140,7 +140,7 @@ __host__ __device__ inline Split best_split(const PrefillParams& d, int tiles) {
   const int blocks = d.attention.multiprocessors;
   const auto rounds = [&](int units) { return static_cast<float>((units + blocks - 1) / blocks); };
   Split best{1, rounds(tiles) * (kTileOverhead + d.key_tiles)};
-  if (d.attention.batch_invariant || tiles > blocks) return best;
+  if (d.attention.batch_invariant || tiles == 0 || tiles > blocks) return best;
   // The workspace has room for two parts a block.
   for (int n = 2; n * tiles <= 2 * blocks && n * kLeastPiece <= d.key_tiles; ++n) {
     const float each = static_cast<float>((d.key_tiles + n - 1) / n);
@@ -478,15 +478,15 @@ __device__ void narrow_queries(char* q, int warp_row, float (&factors)[2]) {
   }
 }
 
-// A thread's sums over one piece of the keys, and of its two rows the maxima in natural units and
-// the sums of weights. The warp that is the last of the pieces to come here gets those over all of
-// them, added up in their order, and true.
+// A thread's sums over one piece of the keys, and of its two rows the maxima, which `scale_log2e`
+// turns into powers of two, and the sums of weights. The warp that is the last of the pieces to
+// come here gets those over all of them, added up in their order, and true.
 template <int kWarps, int kHeadDim>
 __device__ bool join_pieces(const AttentionParams& p, int64_t first_part, int piece, int pieces,
-                            int* counter, int warp, float (&out)[kHeadDim / 2], float (&peak)[2],
-                            float (&sum)[2]) {
+                            int* counter, int warp, const float (&scale_log2e)[2],
+                            float (&out)[kHeadDim / 2], float (&peak)[2], float (&sum)[2]) {
   constexpr int kSums = kHeadDim / 8, kPart = kWarps * (kSums + 1) * 32;  // of four floats
-  static_assert(2 * 4 * kPart <= kWorkspaceFloats);
+  static_assert(2 * 4 * kPart <= kWorkspaceFloats && kWarps <= kWorkspaceCounters);
   const int lane = threadIdx.x % 32;
   float4* first =
       reinterpret_cast<float4*>(p.partials) + first_part * kPart + warp * ((kSums + 1) * 32) + lane;
@@ -516,10 +516,10 @@ __device__ bool join_pieces(const AttentionParams& p, int64_t first_part, int pi
   for (int k = 0; k < pieces; ++k) {
     const float4* part = first + k * kPart;
     const float4 state = __ldcg(part + 32 * kSums);
-    const auto weight = [](float own_peak, float peak) {
-      return peak == -INFINITY ? 0.0f : exp2_approx((own_peak - peak) * kLog2e);
+    const auto weight = [&](float own_peak, int h) {
+      return peak[h] == -INFINITY ? 0.0f : exp2_approx((own_peak - peak[h]) * scale_log2e[h]);
     };
-    const float factor[2] = {weight(state.x, peak[0]), weight(state.y, peak[1])};
+    const float factor[2] = {weight(state.x, 0), weight(state.y, 1)};
     sum[0] += factor[0] * state.z, sum[1] += factor[1] * state.w;
 #pragma unroll
     for (int i = 0; i < kSums; ++i) {
@@ -743,13 +743,13 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
     for (int h = 0; h < 2; ++h) {
       row_sum[h] += __shfl_xor_sync(~0u, row_sum[h], 1);
       row_sum[h] += __shfl_xor_sync(~0u, row_sum[h], 2);
-      if (row_max[h] != -INFINITY) row_max[h] *= S::kFp8 ? p.scale * score_factor[h] : p.scale;
     }
     if (pieces > 1) {
       const int warp = 4 * group + warp_row / 16;
+      const float scales[2] = {scale_log2e(0), scale_log2e(1)};
       if (!join_pieces<4 * kGroups, kHeadDim>(p, first_part, piece, pieces,
-                                              p.arrivals + number * 4 * kGroups + warp, warp, out,
-                                              row_max, row_sum))
+                                              p.arrivals + number * 4 * kGroups + warp, warp,
+                                              scales, out, row_max, row_sum))
         continue;
     }
 #pragma unroll
@@ -757,7 +757,8 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
       const int row = min(first_row + 8 * h, rows - 1);
       const int query = p.group_divisor(row), head = kv_head * p.group + row - query * p.group;
       const int64_t token = int64_t{q_begin} + query;
-      const RowState state = finish_row(p, row_max[h], row_sum[h], head);
+      const float peak = row_max[h] * (S::kFp8 ? p.scale * score_factor[h] : p.scale);
+      const RowState state = finish_row(p, peak, row_sum[h], head);
       T* destination = static_cast<T*>(p.out) + token * p.out_stride_token +
                        head * p.out_stride_head + 8 * (lane % 4);
 #pragma unroll
@@ -843,14 +844,6 @@ cudaError_t launch(const PrefillParams& d, cudaStream_t stream) {
       Launch<PrefillParams>{kernel, d.attention.multiprocessors, S::kThreads, kBytes}, d, stream);
 }
 
-// That a tile of 64 rows has.
-int most_key_tiles(const AttentionParams& p) {
-  int64_t keys = p.max_seqlen_k;
-  if (p.window_left >= 0 && p.window_right >= 0)
-    keys = std::min<int64_t>(keys, int64_t{p.window_left} + p.window_right + 64 / p.group + 1);
-  return static_cast<int>((keys + kBlockN - 1) / kBlockN);
-}
-
 // How many warpgroups a block has: as many as share their keys well, fewer where that leaves
 // multiprocessors idle or tiles half empty. Requests are taken to be as long as the longest.
 int choose_groups(const PrefillParams& d, int most) {
@@ -878,7 +871,7 @@ cudaError_t prefill(const AttentionParams& p, cudaStream_t stream) {
   PrefillParams d{};
   d.attention = p;
   d.box_keys = box_keys(p, kBlockN);
-  d.key_tiles = most_key_tiles(p);
+  d.key_tiles = static_cast<int>((most_keys(p, 64 / p.group + 1) + kBlockN - 1) / kBlockN);
   // Sections are alike: a small one at the end would leave multiprocessors idle.
   const int64_t head_bytes = int64_t{2} * kRowBytes * p.max_seqlen_k;
   d.section_heads = p.kv_heads;

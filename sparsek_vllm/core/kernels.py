@@ -48,7 +48,8 @@ def variant(config: _config.Config) -> build.Variant:
         # Whatever tiles the portable kernels cannot have are Hopper's alone.
         return dataclasses.replace(tuned if problem else portable, **own)
     if problem:
-        asked = ", ".join(f"{name}={value}" for name, value in tiles.items())
+        fields = {name: getattr(config, name) for name in ("kernels", *_FIELDS_THAT_CHOOSE)}
+        asked = ", ".join(f"{k}={v!r}" for k, v in fields.items() if v != getattr(_DEFAULTS, k))
         raise ValueError(
             f"Config({asked}) cannot be built: {problem}. {build.buildable()}; "
             f"{build.HOPPER_TILES}; fields at their defaults are chosen for you"
@@ -70,7 +71,7 @@ def wants_hopper(config: _config.Config) -> bool:
     if config.kernels != "auto":
         return config.kernels == "hopper"
     if all(getattr(config, name) == getattr(_DEFAULTS, name) for name in _FIELDS_THAT_CHOOSE):
-        return True
+        return True  # soon: this is asked at every call
     return _hopper_tiles(config) is not None
 
 
@@ -157,7 +158,8 @@ def path_for_capability(major: int, minor: int, config: _config.Config, head_dim
     """Name of the implementation on a GPU of that compute capability.
 
     Raises:
-        RuntimeError: it is older than Hopper, or not Hopper where its kernels are asked for.
+        RuntimeError: it is older than Hopper, or not Hopper where its kernels or their tiles are
+            asked for.
     """
     if major < 9:
         raise RuntimeError(
@@ -166,6 +168,12 @@ def path_for_capability(major: int, minor: int, config: _config.Config, head_dim
         )
     if config.kernels == "hopper" and major > 9:
         raise RuntimeError(f'Config.kernels is "hopper", and the GPU is sm_{major}{minor}')
+    tiles = _tiles(config) if major > 9 else {}
+    if tiles and dataclasses.replace(build.DEFAULT, **tiles).problem():
+        raise RuntimeError(
+            f"only Hopper's own kernels have the tiles of the Config, {tiles}, and the GPU is "
+            f"sm_{major}{minor}"
+        )
     own = major == 9 and wants_hopper(config) and head_dim in build.HOPPER_HEAD_DIMS
     return "hopper" if own else "portable"
 
@@ -173,9 +181,13 @@ def path_for_capability(major: int, minor: int, config: _config.Config, head_dim
 _workspaces: dict[tuple[int, int], torch.Tensor] = {}
 
 
+# As in csrc/params.h, for each multiprocessor.
+WORKSPACE_COUNTERS, WORKSPACE_FLOATS = 16, 2 * 8 * 32 * (64 + 4)
+
+
 def workspace_floats(multiprocessors: int) -> int:
-    """Counters and parts of results, see ``kWorkspaceFloats`` in ``csrc/params.h``."""
-    return 4 + multiprocessors * (16 + 2 * 8 * 32 * (64 + 4))
+    """Counters, then parts of results."""
+    return 4 + multiprocessors * (WORKSPACE_COUNTERS + WORKSPACE_FLOATS)
 
 
 def workspace(device: torch.device) -> torch.Tensor | None:

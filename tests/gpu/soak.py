@@ -142,7 +142,8 @@ class Soak:
         }
         print(json.dumps(report), flush=True)
         expected = ("done", "cancelled", "left_in_mid_stream", "probes")
-        return usage == 0 and all(self.counts[name] > 0 for name in expected)
+        served = report["preemptions"] > 0 and "varlen_attention:hopper" in report["paths"]
+        return usage == 0 and served and all(self.counts[name] > 0 for name in expected)
 
 
 def soak(shape: str, seconds: float, seed: int, kv_gib: float, longest: int = 60_000) -> bool:

@@ -180,6 +180,28 @@ def test_graph_replays_with_other_query_lengths() -> None:
             torch.testing.assert_close(out[rows].double(), expected, rtol=3e-2, atol=3e-2)
 
 
+def test_graph_replays_with_other_pieces() -> None:
+    """Prefill splits the keys of a tile by how many there are."""
+    batch = Batch([(300, 20_000)], 2, 4, 128)
+    out = torch.empty_like(batch.q)
+
+    def step() -> None:
+        varlen_attention(
+            batch.q, batch.kv, batch.cu_seqlens_q, max_seqlen_q=300, max_seqlen_k=20_000, out=out
+        )
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for keys in (20_000, 3000, 300, 12_345, 0, 20_000):
+        batch.kv.seq_lens.fill_(keys)
+        out.fill_(torch.nan)
+        graph.replay()
+        expected, _ = dense_oracle.attention(batch.q, batch.k[0][:keys], batch.v[0][:keys])
+        torch.testing.assert_close(out.double(), expected, rtol=3e-2, atol=3e-2, msg=str(keys))
+
+
 def test_first_call_in_a_graph_is_refused() -> None:
     code = """
 import torch
@@ -206,7 +228,7 @@ def test_nothing_waits_for_the_gpu() -> None:
 
 def test_streams_side_by_side() -> None:
     """Each stream has its own workspace: split requests on two streams do not mix."""
-    batches = [Batch([(1, 8000)] * 3, seed=seed) for seed in range(2)]
+    batches = [Batch([(1, 8000)] * 3 + [(300, 9000)], seed=seed) for seed in range(2)]
     expected = [batch.run() for batch in batches]
     streams = [torch.cuda.Stream() for _ in batches]
     torch.cuda.synchronize()
@@ -312,6 +334,7 @@ for head_dim in (64, 128):
     many = Batch([(1200, 1300), (1, 300)], 8, 4, head_dim)  # tiles for all warpgroups, twice over
     many.run()
     many.run(window=(100, 30), causal=False)
+    Batch([(400, 3000)], 4, 4, head_dim).run()  # tiles in pieces
     lengths = [(1, 500), (0, 3), (3, 70), (1, 0), (90, 150), (1, 1100)]
     batch = Batch(lengths, 2, 4, head_dim)
     for kv in (batch.kv, batch.dense()):
@@ -320,6 +343,7 @@ for head_dim in (64, 128):
         batch.run(kv, softcap=10.0, sinks=torch.zeros(8, device="cuda"))
     fp8 = Batch([*lengths, (700, 900)], 4, 4, head_dim, fp8=True)
     fp8.run()
+    Batch([(400, 3000)], 4, 4, head_dim, fp8=True).run()
     fp8.run(softcap=10.0, window=(40, -1))
 for head_dim in (80, 256):
     for fp8 in (False, True):
