@@ -132,20 +132,24 @@ def test_the_kernels_that_run() -> None:
 # CUDA graphs and synchronisation
 
 
-def test_graph_replays_with_new_lengths() -> None:
-    """A graph captured on one batch serves others of its shape, empty requests among them."""
-    batch = Batch([(1, 2000)] * 8, 2, 4, 128)
+def captured(batch: Batch, **longest: int) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    """A graph of one call on the batch, and where its output lands."""
     out = torch.empty_like(batch.q)
 
     def step() -> None:
-        varlen_attention(
-            batch.q, batch.kv, batch.cu_seqlens_q, max_seqlen_q=1, max_seqlen_k=2048, out=out
-        )
+        varlen_attention(batch.q, batch.kv, batch.cu_seqlens_q, out=out, **longest)
 
     step()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
+    return graph, out
+
+
+def test_graph_replays_with_new_lengths() -> None:
+    """A graph captured on one batch serves others of its shape, empty requests among them."""
+    batch = Batch([(1, 2000)] * 8, 2, 4, 128)
+    graph, out = captured(batch, max_seqlen_q=1, max_seqlen_k=2048)
     for lengths in ([2000] * 8, [1, 2000, 0, 17, 64, 1999, 0, 900], [0] * 8, [1] * 8, [2000] * 8):
         batch.kv.seq_lens.copy_(torch.tensor(lengths, dtype=torch.int32))
         out.fill_(torch.nan)
@@ -160,17 +164,7 @@ def test_graph_replays_with_new_lengths() -> None:
 def test_graph_replays_with_other_query_lengths() -> None:
     """Two requests of 40 rows each became one of 1 and one of 79: both kernels are captured."""
     batch = Batch([(40, 300), (40, 500)], 2, 4, 128)
-    out = torch.empty_like(batch.q)
-
-    def step() -> None:
-        varlen_attention(
-            batch.q, batch.kv, batch.cu_seqlens_q, max_seqlen_q=80, max_seqlen_k=512, out=out
-        )
-
-    step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    graph, out = captured(batch, max_seqlen_q=80, max_seqlen_k=512)
     for first in (40, 1, 79):
         batch.cu_seqlens_q.copy_(torch.tensor([0, first, 80], dtype=torch.int32))
         out.fill_(torch.nan)
@@ -183,17 +177,7 @@ def test_graph_replays_with_other_query_lengths() -> None:
 def test_graph_replays_with_other_pieces() -> None:
     """Prefill splits the keys of a tile by how many there are."""
     batch = Batch([(300, 20_000)], 2, 4, 128)
-    out = torch.empty_like(batch.q)
-
-    def step() -> None:
-        varlen_attention(
-            batch.q, batch.kv, batch.cu_seqlens_q, max_seqlen_q=300, max_seqlen_k=20_000, out=out
-        )
-
-    step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    graph, out = captured(batch, max_seqlen_q=300, max_seqlen_k=20_000)
     for keys in (20_000, 3000, 300, 12_345, 0, 20_000):
         batch.kv.seq_lens.fill_(keys)
         out.fill_(torch.nan)
