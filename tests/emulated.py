@@ -88,7 +88,7 @@ def emulated_kernels() -> Iterator[None]:
     """Ops on CPU tensors run the kernels' sources, and count as path "emulated"."""
     _load()
     space = torch.full((kernels.workspace_floats(MULTIPROCESSORS),), torch.nan)
-    counters = space[: 16 * MULTIPROCESSORS + 4].zero_()
+    counters = space[: -MULTIPROCESSORS * kernels.WORKSPACE_FLOATS].zero_()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "ops", lambda device: getattr(torch.ops, NAMESPACE))
         patch.setattr(kernels, "path_for", lambda device, head_dim=128: "emulated")

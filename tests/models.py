@@ -294,8 +294,8 @@ def requests(extra: str) -> list[dict[str, Any]]:
 def serve(name: str, tokenizer: Path, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Build the model and ask an engine: its answers, the paths that ran, the size of heads.
 
-    Where a head drafts, how many tokens it did. An answer has the tokens, how far ahead of the
-    second best each was, and the logprobs of the prompt and of the tokens.
+    An answer has the tokens, how far ahead of the second best each was, and the logprobs of the
+    prompt and of the tokens.
     """
     head_size = build(name, tokenizer, folder)
 
@@ -357,11 +357,10 @@ def serve(name: str, tokenizer: Path, folder: Path, settings: dict[str, Any]) ->
         )
     paths, *others = llm.collective_rpc("sparsek_path_counts")  # of each GPU
     assert all(set(other) == set(paths) for other in others)
-    drafted = 0
     if extra == "eagle":
         values = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
-        drafted = values["vllm:spec_decode_num_draft_tokens"]
-    return {"answers": answers, "paths": paths, "head_size": head_size, "drafted": drafted}
+        assert values["vllm:spec_decode_num_draft_tokens"] > 0
+    return {"answers": answers, "paths": paths, "head_size": head_size}
 
 
 def serve_apart(

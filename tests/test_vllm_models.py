@@ -62,9 +62,6 @@ def test_answers_are_cpu_attns(name: str, answers: dict[tuple[str, str], Future]
         f"varlen_attention:{target.path(ours['head_size'])}", f"write_kv:{target.PATH}",
     }  # fmt: skip
     assert theirs["paths"] == {}
-    assert all(
-        (run["drafted"] > 0) == (models.MODELS[name].extra == "eagle") for run in (ours, theirs)
-    )
     difference = models.compare(ours["answers"], theirs["answers"], near=2e-3)
     print(f"mean difference of logprobs: {difference:.1e}")
     assert difference < 1e-4

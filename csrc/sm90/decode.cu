@@ -479,7 +479,7 @@ template <typename T, typename KV, int kHeadDim, int kTiles, bool kGeneral, bool
 cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
   using S = Shape<KV, kHeadDim, kTiles, kWide>;
   using Memory = Shared<S, kHeadDim>;
-  static_assert(sizeof(Memory) <= 227 * 1024 && S::kRows <= kMostDecodeRows);
+  static_assert(sizeof(Memory) <= kSharedBytes && S::kRows <= kMostDecodeRows);
   static_assert(most_part_floats(S::kRows, kHeadDim) <= kWorkspaceFloats);
   // All blocks can hold a part of the same rows, whose weights and sums go to shared memory.
   if (scratch_floats(S::kRows, p.multiprocessors) > Memory::kMeetingFloats)

@@ -39,7 +39,6 @@ constexpr int kLeastPiece = 8;  // of key tiles
 #ifndef SPARSEK_HOPPER_STAGES
 #define SPARSEK_HOPPER_STAGES 0
 #endif
-constexpr int kSharedBytes = 227 * 1024;
 
 enum Barrier : int { kTileTaken = 1, kFirstTurn = 2, kFirstGroup = 5, kWidening = 8 };
 

@@ -7,7 +7,8 @@
 
 namespace sparsek::sm90 {
 
-constexpr int kMostDecodeRows = 32;  // that a unit of decode's work has
+constexpr int kMostDecodeRows = 32;       // that a unit of decode's work has
+constexpr int kSharedBytes = 227 * 1024;  // that a thread block can have
 constexpr bool has_head_dim(int head_dim) { return head_dim == 64 || head_dim == 128; }
 
 // Whether the tensor memory accelerator can read keys or values: there are some, and strides are

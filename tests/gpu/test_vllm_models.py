@@ -61,9 +61,6 @@ def test_answers_are_flash_attns(name: str, answers: dict[tuple[str, str], Futur
         f"varlen_attention:{target.path(ours['head_size'])}", f"write_kv:{target.PATH}",
     }  # fmt: skip
     assert theirs["paths"] == {}
-    assert all(
-        (run["drafted"] > 0) == (models.MODELS[name].extra == "eagle") for run in (ours, theirs)
-    )
     case = models.MODELS[name]
     difference = models.compare(ours["answers"], theirs["answers"], near=5 * case.bound)
     print(f"mean difference of logprobs: {difference:.4f}")
