@@ -144,7 +144,7 @@ std::pair<const float*, int> scales(const OptionalTensor& tensor) {
 
 // As in sparsek_vllm/build; tests compile fewer.
 #ifndef SPARSEK_HEAD_DIMS
-#define SPARSEK_HEAD_DIMS 64, 80, 96, 112, 128, 192, 256
+#define SPARSEK_HEAD_DIMS 32, 64, 80, 96, 112, 128, 160, 192, 256
 #endif
 using HeadDims = std::integer_sequence<int, SPARSEK_HEAD_DIMS>;
 

@@ -99,8 +99,8 @@ inline int64_t most_keys(const AttentionParams& p, int64_t queries) {
 }
 
 // As in sparsek_vllm/core/kernels.py. Floats: two parts of what Hopper's prefill kernel computes,
-// of 8 warps' threads 64 sums, two maxima and two sums of weights.
-constexpr int kWorkspaceFloats = 2 * 8 * 32 * (64 + 4), kWorkspaceCounters = 16;
+// of 12 warps' threads 64 sums, two maxima and two sums of weights.
+constexpr int kWorkspaceFloats = 2 * 12 * 32 * (64 + 4), kWorkspaceCounters = 16;
 constexpr int kTileCounters = 4;  // as many as keep the rest aligned
 
 struct WriteParams {

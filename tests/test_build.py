@@ -36,8 +36,8 @@ DECODE_REGISTERS = 168
 PREFILL_REGISTERS = {1: 232, 2: 168, 3: 128}
 # Dtype, fp8 or not, head_dim; two tiles of rows or one, wide, general.
 HOPPER_DECODE = 2 * 2 * 2 * 4
-# Dtype; up to three warpgroups with head_dim 64 and up to two with 128; up to two with fp8.
-HOPPER_PREFILL = 2 * (3 + 2 + 2 * 2)
+# Dtype, head_dim; up to three warpgroups, with fp8 up to two.
+HOPPER_PREFILL = 2 * 2 * (3 + 2)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,8 @@ def test_exponentials_run_under_the_product(library: Path) -> None:
     for name, code in found.items():
         if "sm90" in name:
             between = code.split("WARPGROUP.DEPBAR.LE gsb0, 0x1")[1].split("WARPGROUP.DEPBAR")[0]
-            assert between.count("MUFU.EX2") >= 64, name
+            keys = 80 if "Li128ELi3E" in name else 128
+            assert between.count("MUFU.EX2") >= keys // 2, name
             checked += 1
     assert checked == HOPPER_PREFILL
 

@@ -102,7 +102,7 @@ def test_few_queries_on_long_keys(
 
 
 # Beside 64 and 128, which the rest is about.
-OTHER_HEAD_DIMS = [80, 96, 112, 192, 256] if ON_GPU else [80, 256]
+OTHER_HEAD_DIMS = [32, 80, 96, 112, 160, 192, 256] if ON_GPU else [32, 80, 256]
 
 
 @FP8

@@ -17,7 +17,7 @@ from vllm.v1.attention.selector import AttentionSelectorConfig
 from sparsek_vllm.backends.vllm import SparseKBackend, SparseKImpl
 from sparsek_vllm.backends.vllm_compat import backend_member
 
-SIZES = "64, 80, 96, 112, 128, 192, 256"
+SIZES = "32, 64, 80, 96, 112, 128, 160, 192, 256"
 PREFIX = "SPARSEK_XFORMERS cannot serve this configuration: "
 
 
@@ -125,15 +125,15 @@ if __name__ == "__main__":
     LLM(sys.argv[1], attention_backend="SPARSEK_XFORMERS", enforce_eager=True,
         load_format="dummy", max_model_len=64, dtype="float32")
 """
-HEAD_SIZE_32 = {
+HEAD_SIZE_72 = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
-    "hidden_size": 64,
+    "hidden_size": 144,
     "intermediate_size": 64,
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
-    "head_dim": 32,
+    "head_dim": 72,
     "vocab_size": 49152,
     "max_position_embeddings": 64,
 }
@@ -151,7 +151,7 @@ ALIBI = {
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (HEAD_SIZE_32, PREFIX + f"head_size 32 not supported (allowed: {SIZES})"),
+        (HEAD_SIZE_72, PREFIX + f"head_size 72 not supported (allowed: {SIZES})"),
         (ALIBI, "SPARSEK_XFORMERS does not support ALiBi (alibi_slopes)"),
     ],
     ids=["head_size", "alibi"],

@@ -233,7 +233,7 @@ struct Finish {
       return __ldcg(reinterpret_cast<const float4*>(part_of(block) + i));
     };
     // A load takes longer than everything else here: all that can be are in flight together.
-    constexpr int kAhead = 8;
+    constexpr int kAhead = 16;
     const int first = first_block(), parts = last_block() - first + 1;
     const int rows = segment.rows, i0 = 4 * thread;
     float4 ahead[kAhead];

@@ -14,6 +14,7 @@
 // Keys and values of fp8 land in the second half of their place, and one more warpgroup writes them
 // all over it as fp16. bf16 queries become fp16 too, each row scaled to its range.
 #include <algorithm>
+#include <climits>
 
 #include "../common/request.cuh"
 #include "../common/wgmma.cuh"
@@ -23,14 +24,12 @@
 namespace sparsek::sm90 {
 namespace {
 
-constexpr int kBlockN = 128;
 constexpr int kEnd = -1;                 // in place of a request: there are no more tiles
 constexpr int kSectionBytes = 40 << 20;  // of 50 or 60 MB of L2 cache
-constexpr float kTileCost = 3;           // of a tile, where a warpgroup's part of it costs 1
-// In the time that a tile of keys takes: what a tile takes beside its keys, and what adding pieces
-// up takes, once and for each. The last two are guesses from how an earlier layout did.
-constexpr float kTileOverhead = 1.5f, kJoinCost = 8, kPieceCost = 0.35f;
-constexpr int kLeastPiece = 8;  // of key tiles
+// In the time that a tile of 128 keys takes: what a tile takes beside its keys, and what adding
+// pieces up takes, once and for each. (Fitted to times of 1 to 8 pieces.)
+constexpr float kTileOverhead = 5, kJoinCost = 2, kPieceCost = 1;
+constexpr int kLeastPiece = 1024;  // keys
 
 // Of Config, by sparsek_vllm/build; 0 for what is best.
 #ifndef SPARSEK_HOPPER_WARPGROUPS
@@ -40,13 +39,22 @@ constexpr int kLeastPiece = 8;  // of key tiles
 #define SPARSEK_HOPPER_STAGES 0
 #endif
 
+// Keys of a tile, a multiple of 16: as many as there are registers for.
+constexpr int block_n(int head_dim, int groups) {
+  return head_dim == 128 && groups == 3 ? 80 : 128;
+}
+// What a tile takes beside its warpgroups, where each of them takes 1.
+constexpr float tile_cost(int head_dim) { return head_dim == 64 ? 3 : 0.5f; }
+
 enum Barrier : int { kTileTaken = 1, kFirstTurn = 2, kFirstGroup = 5, kWidening = 8 };
 
 template <typename KV, int kHeadDim_, int kGroups_>
 struct Shape {
   static constexpr int kHeadDim = kHeadDim_, kGroups = kGroups_;
   static constexpr bool kFp8 = sizeof(KV) == 1;
-  static constexpr int kBlockM = 64 * kGroups, kThreads = 128 * (kGroups + (kFp8 ? 2 : 1));
+  static constexpr int kBlockM = 64 * kGroups, kBlockN = block_n(kHeadDim, kGroups);
+  static constexpr int kLeastTiles = kLeastPiece / kBlockN;  // of a piece
+  static constexpr int kThreads = 128 * (kGroups + (kFp8 ? 2 : 1));
   static constexpr int kChunks = 2 * kHeadDim / kChunkBytes;
   // Of keys or values as they arrive.
   static constexpr int kRowBytes = sizeof(KV) * kHeadDim, kArrivingBytes = kRowBytes * kBlockN;
@@ -55,8 +63,10 @@ struct Shape {
   // Tiles in flight: beside them are two of queries, and 4 KB for the rest.
   static constexpr int kStagesThatFit =
       (kSharedBytes - 4096 - 4 * kHeadDim * kBlockM) / (2 * kTileBytes);
-  static constexpr int kStagesAsked =
-      SPARSEK_HOPPER_STAGES ? SPARSEK_HOPPER_STAGES : (kHeadDim == 64 ? 4 : 2);
+  static constexpr int kStagesAsked = SPARSEK_HOPPER_STAGES ? SPARSEK_HOPPER_STAGES
+                                                            : (kHeadDim == 64  ? 4
+                                                               : kBlockN < 128 ? 3
+                                                                               : 2);
   static constexpr int kStages = kStagesAsked < kStagesThatFit ? kStagesAsked : kStagesThatFit;
   static constexpr int kLoaderRegisters = kThreads == 512 ? 32 : 40;
   static constexpr int kWideningRegisters = kFp8 ? 48 : 0;
@@ -74,7 +84,10 @@ struct Tile {
   Request request;  // its index is kEnd behind the last tile
   int kv_head, row0;
   KeyRange keys;  // that any row sees
-  int key0;       // of the first key tile
+  // Values of others can be NaN, which a weight of 0 does not cancel, and come in boxes with those
+  // that the request's rows see.
+  KeyRange usable;
+  int key0;  // of the first key tile
   int key_tiles;
   struct Own {
     KeyRange common;    // that every row of the warpgroup sees
@@ -102,11 +115,12 @@ struct Shared {
 };
 
 struct PrefillParams {
-  CUtensorMap k, v;
+  CUtensorMap k, v, q;
   AttentionParams attention;
   int box_keys;
-  int section_heads;  // KV heads whose keys and values stay in the L2 cache together
-  int key_tiles;      // that 64 rows need, by the longest request
+  bool query_boxes;   // a tile of queries is a box of `q`
+  int section_heads;  // KV heads whose tiles go together
+  int keys;           // that 64 rows need, by the longest request
 };
 
 // Place in a ring.
@@ -137,14 +151,16 @@ struct Split {
 // In how many pieces the keys of so many tiles are best split.
 __host__ __device__ inline Split best_split(const PrefillParams& d, int tiles) {
   const int blocks = d.attention.multiprocessors;
-  const auto rounds = [&](int units) { return static_cast<float>((units + blocks - 1) / blocks); };
-  Split best{1, rounds(tiles) * (kTileOverhead + d.key_tiles)};
+  const auto cost = [&](int pieces) {
+    const float each = static_cast<float>((d.keys + pieces - 1) / pieces) / 128;
+    return static_cast<float>((pieces * tiles + blocks - 1) / blocks) * (kTileOverhead + each);
+  };
+  Split best{1, cost(1)};
   if (d.attention.batch_invariant || tiles == 0 || tiles > blocks) return best;
   // The workspace has room for two parts a block.
-  for (int n = 2; n * tiles <= 2 * blocks && n * kLeastPiece <= d.key_tiles; ++n) {
-    const float each = static_cast<float>((d.key_tiles + n - 1) / n);
-    const float cost = rounds(n * tiles) * (kTileOverhead + each) + kJoinCost + n * kPieceCost;
-    if (cost < best.cost) best = {n, cost};
+  for (int n = 2; n * tiles <= 2 * blocks && n * kLeastPiece <= d.keys; ++n) {
+    const float own = cost(n) + kJoinCost + n * kPieceCost;
+    if (own < best.cost) best = {n, own};
   }
   return best;
 }
@@ -165,6 +181,7 @@ __device__ void count_tiles(const AttentionParams& p, Shared<S>& shared) {
 template <typename S>
 __device__ bool find_tile(const PrefillParams& d, const Shared<S>& shared, int id,
                           Tile<S::kGroups>& found) {
+  constexpr int kBlockN = S::kBlockN;
   const AttentionParams& p = d.attention;
   const int* up_to = shared.tiles_up_to;
   const int total = up_to[S::kThreads - 1];
@@ -173,7 +190,7 @@ __device__ bool find_tile(const PrefillParams& d, const Shared<S>& shared, int i
   id /= shared.pieces;
   if (id >= total * p.kv_heads) return true;
   // Late tiles first: under a causal mask they are the heaviest, and the light ones at the end even
-  // out. The KV heads of a section go together.
+  // out.
   const int section = id / (total * d.section_heads);
   const int within = id - section * total * d.section_heads;
   const int tile = total - 1 - within / d.section_heads;
@@ -196,9 +213,14 @@ __device__ bool find_tile(const PrefillParams& d, const Shared<S>& shared, int i
   const auto key_tiles_to = [&](int key) { return (key - found.key0 + kBlockN - 1) / kBlockN; };
   found.key0 = request.tile_begin<kBlockN>(p, keys.begin);
   found.key_tiles = keys.begin < keys.end ? key_tiles_to(keys.end) : 0;
+  if constexpr (!S::kFp8) {  // boxes begin where the tile does
+    found.usable = request.keys(p, 0, p.group_divisor(request.rows - 1));
+    if ((found.usable.begin - found.key0) % d.box_keys == 0) found.usable.begin = INT_MIN;
+    if ((found.usable.end - found.key0) % d.box_keys == 0) found.usable.end = INT_MAX;
+  }
   found.number = tile * p.kv_heads + found.kv_head;
   found.first_part = found.number * shared.pieces;
-  found.pieces = max(1, min(shared.pieces, found.key_tiles / kLeastPiece));
+  found.pieces = max(1, min(shared.pieces, found.key_tiles / S::kLeastTiles));
   if (found.piece >= found.pieces) return false;
   if (found.pieces > 1) {
     const int before = found.piece * found.key_tiles / found.pieces;
@@ -230,6 +252,7 @@ __device__ bool find_tile(const PrefillParams& d, const Shared<S>& shared, int i
 // A ring of tiles of keys or of values, and the warp that fills it.
 template <typename S, bool kValues>
 struct Loader {
+  static constexpr int kBlockN = S::kBlockN;
   const PrefillParams& d;
   Shared<S>& shared;
   Place<S::kStages> place;
@@ -262,13 +285,11 @@ struct Loader {
       if (left > 1) next = look_up(key0 - kBlockN + row);
       const int stage = place.index;
       uint64_t* full = kValues ? &shared.v_full[stage] : &shared.k_full[stage];
-      // Values of keys that no row sees can be NaN, which a weight of 0 does not cancel.
-      const int in_box = d.box_keys - 1, end = keys.end;  // boxes begin where the tile does
-      const bool unseen = !S::kFp8 && kValues &&
-                          ((key0 < keys.begin && ((keys.begin - key0) & in_box) != 0) ||
-                           (key0 + kBlockN > end && ((end - key0) & in_box) != 0));
+      const KeyRange usable = tile.usable;
+      const bool unusable =
+          !S::kFp8 && kValues && (key0 < usable.begin || key0 + kBlockN > usable.end);
       mbarrier_wait(kValues ? &shared.v_empty[stage] : &shared.k_empty[stage], place.phase ^ 1);
-      uint64_t* arrival = unseen ? &shared.landed : full;
+      uint64_t* arrival = unusable ? &shared.landed : full;
       if (S::kFp8) arrival = kValues ? &shared.v_landed[stage] : &shared.k_landed[stage];
       if (lane == 0) {
         mbarrier_arrive_expect(arrival, S::kArrivingBytes);
@@ -280,12 +301,12 @@ struct Loader {
         tensor_copy((kValues ? shared.v : shared.k)[stage] + offset, map, arrival, 0, address.token,
                     chunk, tile.kv_head, address.block);
       }
-      if (unseen) {
+      if (unusable) {
         mbarrier_wait(&shared.landed, landed_phase);
         landed_phase ^= 1;
         for (int r = lane / 8; r < kBlockN * S::kChunks; r += 4) {
           const int key = key0 + r % kBlockN;
-          if (key >= keys.begin && key < end) continue;
+          if (key >= usable.begin && key < usable.end) continue;
           *reinterpret_cast<uint4*>(shared.v[stage] + r * kChunkBytes + lane % 8 * 16) = uint4{};
         }
         fence_for_async();
@@ -311,7 +332,7 @@ struct Loader {
 // of keys outside of `seen`, counted from the place's first, become zeros.
 template <typename S, bool kValues>
 __device__ void widen(char* place, int warp, KeyRange seen) {
-  constexpr int kRowsOfWarp = kBlockN / 4;
+  constexpr int kBlockN = S::kBlockN, kRowsOfWarp = kBlockN / 4;
   constexpr int kPieces = S::kRowBytes / 16, kRows = 32 / kPieces;  // of a load
   constexpr int kAtOnce = S::kChunks == 1 ? 4 : 2;                  // loads in flight
   const int lane = threadIdx.x % 32, piece = lane % kPieces;
@@ -357,6 +378,7 @@ __device__ void widen(char* place, int warp, KeyRange seen) {
 // The warpgroup that does so with all tiles of the block.
 template <typename S>
 __device__ void widen_all(Shared<S>& shared) {
+  constexpr int kBlockN = S::kBlockN;
   const int warp = threadIdx.x % 128 / 32;
   Place<S::kStages> place;
   for (Place<2> tiles;; tiles.advance()) {
@@ -378,13 +400,14 @@ __device__ void widen_all(Shared<S>& shared) {
   }
 }
 
-// The two warps that take tiles and bring their queries.
+// The two warps that take tiles and bring their queries; one, where those are boxes.
 template <typename T, typename S>
 __device__ void load_queries(const PrefillParams& d, Shared<S>& shared, int thread) {
   constexpr int kPieces = S::kChunks * kChunkBytes / 16;  // a row
   const AttentionParams& p = d.attention;
   const int blocks = static_cast<int>(gridDim.x);
   int id = blockIdx.x;
+  if (d.query_boxes && thread >= 32) return;
   if (thread == 0)
     shared.pieces = best_split(d, shared.tiles_up_to[S::kThreads - 1] * p.kv_heads).pieces;
   for (Place<2> tiles;; tiles.advance()) {
@@ -403,10 +426,21 @@ __device__ void load_queries(const PrefillParams& d, Shared<S>& shared, int thre
       if (thread == 0 && shared.found.request.index != kEnd)
         id = blocks + atomicAdd(p.tile_counters, 1);
     }
-    barrier_sync<64>(kTileTaken);
+    if (!d.query_boxes) barrier_sync<64>(kTileTaken);
+    const bool end = tile.request.index == kEnd;
+    if (d.query_boxes && !end) {
+      uint64_t* full = &shared.q_full[tiles.index];
+      if (thread == 0) {
+        mbarrier_arrive_expect(full, sizeof(shared.q[0]));
+        tensor_copy(shared.q[tiles.index], &d.q, full, 0, 0,
+                    tile.request.q_begin + p.group_divisor(tile.row0), 0, tile.kv_head);
+      } else if (kWarpArrivals > 1) {
+        mbarrier_arrive(full);
+      }
+      continue;
+    }
     const int q_begin = tile.request.q_begin, rows = tile.request.rows, row0 = tile.row0;
     const int first_head = tile.kv_head * p.group;
-    const bool end = tile.request.index == kEnd;
     if (!end) {
       const uint32_t q = shared_address(shared.q[tiles.index]);
       int first = thread;
@@ -537,7 +571,7 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
                         int group) {
   using S = Shape<KV, kHeadDim, kGroups>;
   using M = Operand<T, KV>;
-  constexpr int kSteps = kHeadDim / 16, kKeySteps = kBlockN / 16;
+  constexpr int kBlockN = S::kBlockN, kSteps = kHeadDim / 16, kKeySteps = kBlockN / 16;
   const AttentionParams& p = d.attention;
   const int lane = threadIdx.x % 32;
   const int group_row = 64 * group, warp_row = threadIdx.x % 128 / 32 * 16;
@@ -787,10 +821,12 @@ __global__ void __launch_bounds__(Shape<KV, kHeadDim, kGroups>::kThreads, 1)
   if (threadIdx.x == 0) {
     prefetch_tensor_map(&d.k);
     prefetch_tensor_map(&d.v);
+    if (d.query_boxes) prefetch_tensor_map(&d.q);
     constexpr int kWarps = 4 * kGroups;  // that compute
     for (int i = 0; i < 2; ++i) {
       mbarrier_init(&shared.tile_full[i], kWarpArrivals);
-      mbarrier_init(&shared.q_full[i], 2 * kWarpArrivals);  // of the warps that bring queries
+      // Of the warps that bring queries.
+      mbarrier_init(&shared.q_full[i], (d.query_boxes ? 1 : 2) * kWarpArrivals);
       // And those of keys and values, and those that widen them.
       mbarrier_init(&shared.q_empty[i], (kWarps + 2 + (S::kFp8 ? 4 : 0)) * kWarpArrivals);
     }
@@ -831,21 +867,32 @@ __global__ void __launch_bounds__(Shape<KV, kHeadDim, kGroups>::kThreads, 1)
 }
 
 template <typename T, typename KV, int kHeadDim, int kGroups>
-cudaError_t launch(const PrefillParams& d, cudaStream_t stream) {
+cudaError_t launch(PrefillParams& d, cudaStream_t stream) {
   using S = Shape<KV, kHeadDim, kGroups>;
   constexpr int kBytes = sizeof(Shared<S>);
   static_assert(kBytes <= kSharedBytes);
-  const auto kernel = prefill_kernel<T, KV, kHeadDim, kGroups>;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  const AttentionParams& p = d.attention;
+  d.box_keys = box_keys(p, S::kBlockN);
+  constexpr int kBoxBytes = S::kRowBytes < kChunkBytes ? S::kRowBytes : kChunkBytes;
+  const auto map = [&](CUtensorMap* to, const KVTensor& tensor) {
+    return make_tensor_map<KV>(to, tensor, p.kv_heads, S::kRowBytes, d.box_keys, kBoxBytes);
+  };
+  cudaError_t error = map(&d.k, p.k);
+  if (error == cudaSuccess) error = map(&d.v, p.v);
+  d.query_boxes = has_query_map(p);
+  if (error == cudaSuccess && d.query_boxes)
+    error = make_query_map<T>(&d.q, p, kHeadDim, S::kBlockM);
   if (error != cudaSuccess) return error;
-  return launch_overlapping(
-      Launch<PrefillParams>{kernel, d.attention.multiprocessors, S::kThreads, kBytes}, d, stream);
+  const auto kernel = prefill_kernel<T, KV, kHeadDim, kGroups>;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (error != cudaSuccess) return error;
+  return launch_overlapping(Launch<PrefillParams>{kernel, p.multiprocessors, S::kThreads, kBytes},
+                            d, stream);
 }
 
 // How many warpgroups a block has: as many as share their keys well, fewer where that leaves
 // multiprocessors idle or tiles half empty. Requests are taken to be as long as the longest.
-int choose_groups(const PrefillParams& d, int most) {
+int choose_groups(const PrefillParams& d, int most, float tile_cost) {
   const AttentionParams& p = d.attention;
   if (SPARSEK_HOPPER_WARPGROUPS) return std::min(SPARSEK_HOPPER_WARPGROUPS, most);
   if (p.batch_invariant) return 2;  // others are compiled apart, and may round otherwise
@@ -856,7 +903,7 @@ int choose_groups(const PrefillParams& d, int most) {
   for (int groups = most; groups > 0; --groups) {
     const int64_t tiles = (rows + 64 * groups - 1) / (64 * groups) * requests * p.kv_heads;
     const int few = static_cast<int>(std::min<int64_t>(tiles, 1 << 24));
-    const float cost = best_split(d, few).cost * (kTileCost + groups);
+    const float cost = best_split(d, few).cost * (tile_cost + groups);
     if (groups == most || cost < least) best = groups, least = cost;
   }
   return best;
@@ -866,26 +913,19 @@ int choose_groups(const PrefillParams& d, int most) {
 
 template <typename T, typename KV, int kHeadDim>
 cudaError_t prefill(const AttentionParams& p, cudaStream_t stream) {
-  constexpr int kRowBytes = sizeof(KV) * kHeadDim;
   PrefillParams d{};
   d.attention = p;
-  d.box_keys = box_keys(p, kBlockN);
-  d.key_tiles = static_cast<int>((most_keys(p, 64 / p.group + 1) + kBlockN - 1) / kBlockN);
-  // Sections are alike: a small one at the end would leave multiprocessors idle.
-  const int64_t head_bytes = int64_t{2} * kRowBytes * p.max_seqlen_k;
+  d.keys = static_cast<int>(most_keys(p, 64 / p.group + 1));
+  // Without a causal mask tiles are alike, and blocks drift apart: heads whose keys and values stay
+  // in the L2 cache go together, as many each time.
+  const int64_t head_bytes = int64_t{2 * sizeof(KV) * kHeadDim} * p.max_seqlen_k;
   d.section_heads = p.kv_heads;
-  while (d.section_heads > 1 &&
+  while (p.window_right < 0 && d.section_heads > 1 &&
          (p.kv_heads % d.section_heads || d.section_heads * head_bytes > kSectionBytes))
     --d.section_heads;
-  constexpr int kBoxBytes = kRowBytes < kChunkBytes ? kRowBytes : kChunkBytes;
-  cudaError_t error = make_tensor_map<KV>(&d.k, p.k, p.kv_heads, kRowBytes, d.box_keys, kBoxBytes);
-  if (error == cudaSuccess)
-    error = make_tensor_map<KV>(&d.v, p.v, p.kv_heads, kRowBytes, d.box_keys, kBoxBytes);
-  if (error != cudaSuccess) return error;
-  // Rows of a head_dim of 64 are cheap, so there can be more of them; but the warps that widen fp8
-  // need the registers.
-  constexpr int kMostGroups = kHeadDim == 64 && sizeof(KV) == 2 ? 3 : 2;
-  switch (choose_groups(d, kMostGroups)) {
+  // The warps that widen fp8 need a third warpgroup's registers.
+  constexpr int kMostGroups = sizeof(KV) == 2 ? 3 : 2;
+  switch (choose_groups(d, kMostGroups, tile_cost(kHeadDim))) {
     case 1:
       return launch<T, KV, kHeadDim, 1>(d, stream);
     case 2:

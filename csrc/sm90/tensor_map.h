@@ -8,11 +8,11 @@ namespace sparsek::sm90 {
 
 constexpr int kChunkBytes = 128;  // of a swizzled row
 
-// Keys of a box, which lies within a page: at most `most`, a power of two.
+// Keys of a box, which lies within a page: at most `most`, which is a multiple of them.
 inline int box_keys(const AttentionParams& p, int most) {
   if (!p.block_table) return most;
   int keys = 16;  // which divides every page
-  while (keys < most && p.k.tokens % (2 * keys) == 0) keys *= 2;
+  while (most % (2 * keys) == 0 && p.k.tokens % (2 * keys) == 0) keys *= 2;
   return keys;
 }
 
@@ -32,40 +32,72 @@ inline EncodeTiled encode_tiled() {
   return function;
 }
 
+// Of a tensor with dimensions of such sizes, innermost first, and such strides, in bytes, of all
+// but the first. A copy brings a box. A dimension of size 1 can have a stride of 0.
+template <typename T>
+cudaError_t encode_map(CUtensorMap* map, const void* data, const int64_t (&sizes)[5],
+                       const int64_t (&strides)[4], const int (&box)[5]) {
+  const EncodeTiled encode = encode_tiled();
+  if (!encode) return cudaErrorNotSupported;
+  constexpr auto type =
+      sizeof(T) == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16;
+  // Rows shorter than the pattern would be padded to it.
+  const auto swizzle =
+      box[0] * sizeof(T) == kChunkBytes ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
+  cuuint64_t own_sizes[5], own_strides[4];
+  cuuint32_t own_box[5], steps[5];
+  for (int i = 0; i < 5; ++i) {
+    own_sizes[i] = static_cast<cuuint64_t>(sizes[i]);
+    own_box[i] = static_cast<cuuint32_t>(box[i]);
+    steps[i] = 1;
+  }
+  // One that is never used has to be legal too.
+  for (int i = 0; i < 4; ++i)
+    own_strides[i] = static_cast<cuuint64_t>(strides[i] ? strides[i] : kChunkBytes);
+  // No promotion: fetching 256 bytes for a row of 128 costs a tenth of the bandwidth.
+  const CUresult result =
+      encode(map, type, 5, const_cast<void*>(data), own_sizes, own_strides, own_box, steps,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_NONE,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
 // Of K or V (or of both, where V lies behind K in each row of so many bytes) as [block, head,
 // chunk, token, element of the chunk]. A copy brings a box of so many tokens of one head, so many
 // bytes of them: one chunk after the other, or shorter rows.
 template <typename KV>
 cudaError_t make_tensor_map(CUtensorMap* map, const KVTensor& tensor, int kv_heads, int row_bytes,
                             int box_keys, int box_bytes) {
-  const EncodeTiled encode = encode_tiled();
-  if (!encode) return cudaErrorNotSupported;
-  constexpr auto type =
-      sizeof(KV) == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16;
+  constexpr int64_t kBytes = sizeof(KV);
   const int chunk_bytes = row_bytes < kChunkBytes ? row_bytes : kChunkBytes;
-  const cuuint32_t elements = chunk_bytes / sizeof(KV);
-  // Rows shorter than the pattern would be padded to it.
-  const auto swizzle =
-      chunk_bytes == kChunkBytes ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
-  // Where there is one of a kind its stride is never used, but has to be a legal one.
-  const auto bytes = [](int64_t stride) {
-    return static_cast<cuuint64_t>(stride ? sizeof(KV) * stride : kChunkBytes);
+  const int elements = chunk_bytes / static_cast<int>(kBytes);
+  return encode_map<KV>(map, tensor.data,
+                        {elements, tensor.tokens, row_bytes / chunk_bytes, kv_heads, tensor.blocks},
+                        {kBytes * tensor.stride_token, kChunkBytes, kBytes * tensor.stride_head,
+                         kBytes * tensor.stride_block},
+                        {elements, box_keys, box_bytes / chunk_bytes, 1, 1});
+}
+
+// Whether tiles of 64 rows and its multiples are boxes of queries: they hold whole tokens.
+inline bool has_query_map(const AttentionParams& p) {
+  const auto fits = [](int64_t size, int64_t stride) {
+    return size == 1 || (stride > 0 && stride < int64_t{1} << 39);
   };
-  const cuuint64_t sizes[5] = {elements, static_cast<cuuint64_t>(tensor.tokens),
-                               static_cast<cuuint64_t>(row_bytes / chunk_bytes),
-                               static_cast<cuuint64_t>(kv_heads),
-                               static_cast<cuuint64_t>(tensor.blocks)};
-  const cuuint64_t strides[4] = {bytes(tensor.stride_token), kChunkBytes, bytes(tensor.stride_head),
-                                 bytes(tensor.stride_block)};
-  const cuuint32_t box[5] = {elements, static_cast<cuuint32_t>(box_keys),
-                             static_cast<cuuint32_t>(box_bytes / chunk_bytes), 1, 1};
-  const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
-  // No promotion: fetching 256 bytes for a row of 128 costs a tenth of the bandwidth.
-  const CUresult result =
-      encode(map, type, 5, const_cast<void*>(tensor.data), sizes, strides, box, steps,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_NONE,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+  return 64 % p.group == 0 && fits(p.total_q, p.q_stride_token) &&
+         fits(int64_t{p.group} * p.kv_heads, p.q_stride_head);
+}
+
+// Of queries as [KV head, chunk, token, head of the group, element of the chunk]. A copy brings so
+// many rows, one chunk after the other.
+template <typename T>
+cudaError_t make_query_map(CUtensorMap* map, const AttentionParams& p, int head_dim, int rows) {
+  constexpr int64_t kBytes = sizeof(T);
+  constexpr int kElements = kChunkBytes / kBytes;
+  const int chunks = head_dim / kElements;
+  return encode_map<T>(map, p.q, {kElements, p.group, p.total_q, chunks, p.kv_heads},
+                       {kBytes * p.q_stride_head, kBytes * p.q_stride_token, kChunkBytes,
+                        kBytes * p.group * p.q_stride_head},
+                       {kElements, p.group, rows / p.group, chunks, 1});
 }
 
 }  // namespace sparsek::sm90

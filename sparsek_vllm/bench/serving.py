@@ -56,7 +56,7 @@ WORKLOADS = {
     "llama-3.1-8b": ((1, 1024), (32, 1024), (128, 1024), (16, 16384), (1, 65536), (4, 65536)),
     "llama-3.2-1b": ((1, 65536), (64, 8192), (8, 65536)),
 }
-_KV_BYTES = 38 << 30
+_KV_BYTES = 38 << 30  # of an engine, on all its GPUs
 _STEPS = 64
 _REPEATS = 3
 
@@ -185,6 +185,7 @@ def _serve(folder: str, backend: str, settings: str) -> None:
     import torch
     from vllm import LLM, SamplingParams
 
+    own: dict[str, Any] = json.loads(settings)
     started = time.perf_counter()
     llm = LLM(
         folder,
@@ -193,11 +194,11 @@ def _serve(folder: str, backend: str, settings: str) -> None:
         skip_tokenizer_init=True,
         max_model_len=66560,
         # Told, not measured: the other engine takes memory meanwhile.
-        kv_cache_memory_bytes=_KV_BYTES,
+        kv_cache_memory_bytes=_KV_BYTES // own["tensor_parallel_size"],
         gpu_memory_utilization=0.1,  # that must be free at the start
         worker_extension_cls="sparsek_vllm.backends.vllm_worker.StatsExtension",
         seed=0,
-        **json.loads(settings),
+        **own,
     )
 
     def answer(**what: Any) -> None:

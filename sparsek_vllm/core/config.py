@@ -59,9 +59,10 @@ class Config:
     A tile field at its default is chosen for you. Hopper's own kernels are persistent,
     warp-specialised and use TMA, and their prefill can have tiles of 128 or 192 by 128,
     ``num_warps`` a sixteenth of ``block_m``, 3 to 6 stages: with other fields ``"auto"`` is
-    portable, and ``"hopper"`` is refused when kernels are loaded. There 192 rows are for a
-    head_dim of 64 of 16 bits, 128 elsewhere, and ``num_stages`` is what fits. The portable kernels'
-    tiles are what they are above a head_dim of 128, and ``block_m`` with fp8, softcap or bias.
+    portable, and ``"hopper"`` is refused when kernels are loaded. There 192 rows mean 128 with fp8
+    and come with 80 keys at a head_dim of 128, and ``num_stages`` is what fits. The portable
+    kernels' tiles are what they are above a head_dim of 128, and ``block_m`` with fp8, softcap or
+    bias.
 
     Raises:
         ValueError: a field has a value that no kernel can have.

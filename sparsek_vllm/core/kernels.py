@@ -182,7 +182,7 @@ _workspaces: dict[tuple[int, int], torch.Tensor] = {}
 
 
 # As in csrc/params.h, for each multiprocessor.
-WORKSPACE_COUNTERS, WORKSPACE_FLOATS = 16, 2 * 8 * 32 * (64 + 4)
+WORKSPACE_COUNTERS, WORKSPACE_FLOATS = 16, 2 * 12 * 32 * (64 + 4)
 
 
 def workspace_floats(multiprocessors: int) -> int:

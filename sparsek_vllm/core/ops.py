@@ -95,8 +95,8 @@ def varlen_attention(
 
     Args:
         q: ``[total_q, heads, head_dim]``, last dimension contiguous. On CUDA fp16 or bf16,
-            head_dim 64, 80, 96, 112, 128, 192 or 256, and rows that begin at multiples of 16
-            bytes, as in k, v and out; on CPU fp32 and fp64 too, and any head_dim.
+            head_dim 32, 64, 80, 96, 112, 128, 160, 192 or 256, and rows that begin at multiples
+            of 16 bytes, as in k, v and out; on CPU fp32 and fp64 too, and any head_dim.
         kv: keys and values, like q or, in pages, fp8 (on CUDA e4m3); ``heads`` must be a multiple
             of their ``kv_heads``.
         cu_seqlens_q: ``[batch + 1]`` int32, prefix sums of the query lengths. Rows of ``q``

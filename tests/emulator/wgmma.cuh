@@ -91,17 +91,17 @@ inline void give_registers_back() {}
 template <int kRegisters>
 inline void take_registers() {}
 
-template <typename T>
-inline void wgmma_scores(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {
+template <typename T, int kCount>
+inline void wgmma_scores(float (&d)[kCount], uint64_t a, uint64_t b, int accumulate) {
   emulator::current->products.back().push_back([&d, a, b, accumulate] {
-    if (!accumulate) std::fill(d, d + 64, 0.0f);
+    if (!accumulate) std::fill(d, d + kCount, 0.0f);
     const emulated::Operand<T> first(a);
     const int lane = emulator::current->lane;
     const int row = static_cast<int>(emulator::current->thread_idx.x) % 128 / 32 * 16 + lane / 4;
     float rows[2][16];
     for (int h = 0; h < 2; ++h)
       for (int k = 0; k < 16; ++k) rows[h][k] = first.row(row + 8 * h, k);
-    emulated::multiply<64>(d, rows, emulated::decoded<T>(b, 128, false));
+    emulated::multiply<kCount>(d, rows, emulated::decoded<T>(b, 2 * kCount, false));
   });
 }
 template <typename T, int kCount>
