@@ -219,12 +219,15 @@ void share_out_requests(AttentionParams& p, bool hopper, int64_t most_rows) {
     constexpr int kRows = sm90::kMostDecodeRows;
     const int64_t tiles = (most_rows + kRows - 1) / kRows * p.batch * p.kv_heads;
     // Decode also takes more rows where there are few of these tiles, though it reads keys for
-    // each: adding up what prefill splits takes as long as some thousand keys. And it takes
-    // requests that the others would wait for.
-    const int64_t quarters = most_keys(p, p.max_seqlen_q) > 8192 ? 1 : 3;
+    // each: adding up what prefill splits takes as long as some thousand keys.
+    const int64_t keys = most_keys(p, p.max_seqlen_q);
+    const int64_t quarters = keys > 16 * 1024 ? 0 : keys > 8 * 1024 ? 1 : 3;
     const bool few = 4 * tiles <= quarters * p.multiprocessors;
+    // And it takes requests that the others would wait for, where prefill has no blocks to split
+    // them for.
+    const bool splits = int64_t{2} * p.batch * p.kv_heads <= p.multiprocessors;
     p.decode_rows = few ? std::numeric_limits<int>::max() : kRows;
-    p.long_decode_rows = few ? p.decode_rows : 2 * kRows;
+    p.long_decode_rows = few ? p.decode_rows : splits ? kRows : 2 * kRows;
 #endif
   }
   p.most_rows = std::min<int64_t>(most_rows, p.long_decode_rows);

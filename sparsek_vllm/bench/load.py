@@ -1,7 +1,7 @@
 """Servers under load: vLLM's own ``vllm bench serve`` against our backend and FLASH_ATTN.
 
-Both servers are alive side by side and take the load in turn, with random weights of a known
-model's shape and CUDA graphs. The demo model lends its tokenizer.
+Both servers are alive side by side and take the load in turn, on several GPUs one after the other,
+with random weights of a known model's shape and CUDA graphs. The demo model lends its tokenizer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsek_vllm.backends.vllm_compat import BACKEND_NAME
-from sparsek_vllm.bench.serving import write_shape
+from sparsek_vllm.bench.serving import sittings, write_shape
 from sparsek_vllm.demo import SERVED_NAME, Server
 from sparsek_vllm.demo_model import demo_model_path
 
@@ -64,32 +64,33 @@ def run(
     """
     results = []
     longest = max(load.prompt + load.answer for load in loads)
-    settings = (
-        *("--load-format", "dummy", "--max-model-len", str(longest + 64)),
-        *("--max-num-seqs", str(max(load.clients for load in loads))),
-        # Told, not measured: the other server takes memory meanwhile.
-        *("--kv-cache-memory-bytes", str(_kv_bytes(len(backends)))),
-        *("--gpu-memory-utilization", "0.1", "--no-enable-prefix-caching"),
-        *("--kv-cache-dtype", kv_cache_dtype),
-        *("--tensor-parallel-size", str(tensor_parallel_size)),
-    )
-    with _servers(shape, backends, settings) as (tokenizer, servers):
-        for server in servers.values():
-            _ask(server, tokenizer, _WARM_UP)
-        for number, load in enumerate(loads):
-            # Each is the first every other time.
-            for backend, server in list(servers.items())[:: -1 if number % 2 else 1]:
-                measured = _ask(server, tokenizer, load)
-                if measured["completed"] != load.requests:
-                    raise RuntimeError(
-                        f"{backend}, {load.name}: {measured['completed']} of {load.requests} "
-                        "requests were answered"
-                    )
-                kept = {name: measured[name] for name in METRICS}
-                results.append({"shape": shape, "load": load.name, "backend": backend, **kept})
-                print(_line(results[-1]), flush=True)
-        for backend, server in servers.items():
-            print(f"{backend}: paths {server.path_counts()}", flush=True)
+    for together in sittings(backends, tensor_parallel_size):
+        settings = (
+            *("--load-format", "dummy", "--max-model-len", str(longest + 64)),
+            *("--max-num-seqs", str(max(load.clients for load in loads))),
+            # Told, not measured: the other server takes memory meanwhile.
+            *("--kv-cache-memory-bytes", str(_kv_bytes(len(together)))),
+            *("--gpu-memory-utilization", "0.1", "--no-enable-prefix-caching"),
+            *("--kv-cache-dtype", kv_cache_dtype),
+            *("--tensor-parallel-size", str(tensor_parallel_size)),
+        )
+        with _servers(shape, together, settings) as (tokenizer, servers):
+            for server in servers.values():
+                _ask(server, tokenizer, _WARM_UP)
+            for number, load in enumerate(loads):
+                # Each is the first every other time.
+                for backend, server in list(servers.items())[:: -1 if number % 2 else 1]:
+                    measured = _ask(server, tokenizer, load)
+                    if measured["completed"] != load.requests:
+                        raise RuntimeError(
+                            f"{backend}, {load.name}: {measured['completed']} of {load.requests} "
+                            "requests were answered"
+                        )
+                    kept = {name: measured[name] for name in METRICS}
+                    results.append({"shape": shape, "load": load.name, "backend": backend, **kept})
+                    print(_line(results[-1]), flush=True)
+            for backend, server in servers.items():
+                print(f"{backend}: paths {server.path_counts()}", flush=True)
     return results
 
 

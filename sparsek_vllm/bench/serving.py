@@ -1,4 +1,5 @@
-"""End-to-end decoding in vLLM: our backend and FLASH_ATTN, alive side by side, asked in turn.
+"""End-to-end decoding in vLLM: our backend and FLASH_ATTN, alive side by side, asked in turn; on
+several GPUs one after the other.
 
 Each backend is an ``LLM`` in a process of its own with random weights of a known model's shape.
 Prompts come out of the prefix cache, so that the time of a run is that of its decode steps.
@@ -68,6 +69,15 @@ def write_shape(folder: Path, shape: str) -> Path:
     return folder
 
 
+def sittings(backends: Sequence[str], tensor_parallel_size: int) -> list[list[str]]:
+    """The backends that are alive together.
+
+    On several GPUs an engine's kernels wait for each other, and those of two engines get into each
+    other's way.
+    """
+    return [[b] for b in backends] if tensor_parallel_size > 1 else [list(backends)]
+
+
 def run(
     shape: str,
     workloads: Sequence[tuple[int, int]] | None = None,
@@ -77,7 +87,6 @@ def run(
     tensor_parallel_size: int = 1,
 ) -> list[dict[str, Any]]:
     """Milliseconds per output token and seconds of prefill, for each backend and workload."""
-    results = []
     workloads = workloads or WORKLOADS[shape]
     settings = {
         "max_num_seqs": max(batch for batch, _ in workloads),
@@ -88,36 +97,47 @@ def run(
     if not eager:
         sizes = sorted({batch for batch, _ in workloads})
         settings["compilation_config"] = {"cudagraph_capture_sizes": sizes}
-    with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        write_shape(folder, shape)
-        engines = {b: stack.enter_context(_engine(folder, b, settings)) for b in backends}
-        for backend, engine in engines.items():
-            print(f"{backend}: ready after {engine.read()['seconds']:.0f} s", flush=True)
-        for batch, context in workloads:
-            prefill = {b: e.ask(batch=batch, context=context, tokens=1) for b, e in engines.items()}
-            steps: dict[str, list[float]] = {b: [] for b in engines}
-            for _ in range(_REPEATS):
-                for backend, engine in engines.items():
-                    short = engine.ask(batch=batch, context=context, tokens=2)
-                    long = engine.ask(batch=batch, context=context, tokens=2 + _STEPS)
-                    steps[backend].append(1e3 * (long - short) / _STEPS)
-            results.append(
-                {
-                    "shape": shape,
-                    "kv_cache_dtype": kv_cache_dtype,
-                    "tensor_parallel_size": tensor_parallel_size,
-                    "batch": batch,
-                    "context": context,
-                    "ms_per_token": {b: statistics.median(own) for b, own in steps.items()},
-                    "spread_ms": {b: max(own) - min(own) for b, own in steps.items()},
-                    "prefill_s": prefill,
-                }
-            )
-            print(_line(results[-1]), flush=True)
-        for backend, engine in engines.items():
-            print(f"{backend}: paths {engine.paths()}", flush=True)
+    results: list[dict[str, Any]] = [
+        {
+            "shape": shape,
+            "kv_cache_dtype": kv_cache_dtype,
+            "tensor_parallel_size": tensor_parallel_size,
+            "batch": batch,
+            "context": context,
+            "ms_per_token": {},
+            "spread_ms": {},
+            "prefill_s": {},
+        }
+        for batch, context in workloads
+    ]
+    together_each = sittings(backends, tensor_parallel_size)
+    for together in together_each:
+        with contextlib.ExitStack() as stack:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            write_shape(folder, shape)
+            engines = {b: stack.enter_context(_engine(folder, b, settings)) for b in together}
+            for backend, engine in engines.items():
+                print(f"{backend}: ready after {engine.read()['seconds']:.0f} s", flush=True)
+            for result in results:
+                _measure(engines, result)
+                if together is together_each[-1]:
+                    print(_line(result), flush=True)
+            for backend, engine in engines.items():
+                print(f"{backend}: paths {engine.paths()}", flush=True)
     return results
+
+
+def _measure(engines: dict[str, _Engine], result: dict[str, Any]) -> None:
+    work = {"batch": result["batch"], "context": result["context"]}
+    steps: dict[str, list[float]] = {b: [] for b in engines}
+    result["prefill_s"] |= {b: e.ask(**work, tokens=1) for b, e in engines.items()}
+    for _ in range(_REPEATS):
+        for backend, engine in engines.items():
+            short = engine.ask(**work, tokens=2)
+            long = engine.ask(**work, tokens=2 + _STEPS)
+            steps[backend].append(1e3 * (long - short) / _STEPS)
+    result["ms_per_token"] |= {b: statistics.median(own) for b, own in steps.items()}
+    result["spread_ms"] |= {b: max(own) - min(own) for b, own in steps.items()}
 
 
 def _line(result: dict[str, Any]) -> str:
