@@ -219,7 +219,8 @@ void share_out_requests(AttentionParams& p, bool hopper, int64_t most_rows) {
     constexpr int kRows = sm90::kMostDecodeRows;
     const int64_t tiles = (most_rows + kRows - 1) / kRows * p.batch * p.kv_heads;
     // Decode also takes more rows where there are few of these tiles, though it reads keys for
-    // each: adding up what prefill splits takes as long as some thousand keys.
+    // each: adding up what prefill splits takes as long as some thousand keys. (Where there are
+    // very many keys, that is little.)
     const int64_t keys = most_keys(p, p.max_seqlen_q);
     const int64_t quarters = keys > 16 * 1024 ? 0 : keys > 8 * 1024 ? 1 : 3;
     const bool few = 4 * tiles <= quarters * p.multiprocessors;

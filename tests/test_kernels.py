@@ -47,7 +47,7 @@ def test_groups(group: int, head_dim: int, fp8: bool) -> None:
     Batch(lengths, 2, group, head_dim, seed=group, fp8=fp8).check()
 
 
-EDGES = [n for edge in (16, 64, 128) for n in (edge - 1, edge, edge + 1)]
+EDGES = [n for edge in (16, 64, 80, 128, *[192] * ON_GPU) for n in (edge - 1, edge, edge + 1)]
 
 
 @FP8
@@ -99,6 +99,41 @@ def test_few_queries_on_long_keys(
         # Were they shared? Only prefill is here, and the portable one leaves no parts.
         if len(lengths) == 1 and kernels.wants_hopper(get_default_config()):
             assert not parts.isnan().all()
+
+
+@FP8
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_rows_behind_the_last_count_for_nothing(head_dim: int, fp8: bool) -> None:
+    """Queries are copied with their neighbours and with padding: the bits do not tell."""
+    batch = Batch([(5, 600), (70, 700)], 1, 4, head_dim, fp8=fp8)
+    rows = len(batch.q)
+
+    def run(padding: float) -> torch.Tensor:
+        q = torch.cat([batch.q, torch.full_like(batch.q, padding)])
+        q[:5] *= 1 + abs(padding)  # another request's
+        return varlen_attention(q, batch.kv, batch.cu_seqlens_q, max_seqlen_q=70, max_seqlen_k=700)[
+            5:rows
+        ]
+
+    expected = run(0.0)
+    assert torch.equal(run(1e4), expected) and torch.equal(run(torch.nan), expected)
+
+
+@pytest.mark.parametrize("group", [32, 64])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_many_heads_of_a_key_head(head_dim: int, group: int) -> None:
+    """A box of queries has up to 64 heads."""
+    Batch([(7, 300), (3, 100)], 1, group, head_dim).check()
+
+
+@pytest.mark.parametrize("dimension", [0, 1])
+def test_queries_that_are_one(dimension: int) -> None:
+    """With a stride of 0 queries are no box."""
+    batch = Batch([(70, 300)], 1, 4, 64)
+    index = [slice(None)] * 3
+    index[dimension] = slice(0, 1)
+    batch.q = batch.q[tuple(index)].expand_as(batch.q)
+    batch.check()
 
 
 # Beside 64 and 128, which the rest is about.

@@ -35,6 +35,16 @@ __device__ inline void bulk_copy(void* destination, const void* source, int byte
       : "memory");
 }
 
+// Of what other thread blocks read and write meanwhile.
+__device__ inline void store_relaxed(float* to, float x) {
+  asm volatile("st.relaxed.gpu.global.f32 [%0], %1;\n" ::"l"(to), "f"(x) : "memory");
+}
+__device__ inline float load_relaxed(const float* from) {
+  float x;
+  asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];\n" : "=f"(x) : "l"(from) : "memory");
+  return x;
+}
+
 __global__ void empty_kernel(const __grid_constant__ Parameters) {}
 
 __global__ void __launch_bounds__(kThreads, 1) read_kernel(const __grid_constant__ Parameters p) {
@@ -77,10 +87,8 @@ __global__ void __launch_bounds__(kThreads, 1) read_kernel(const __grid_constant
   }
   const int group = block / p.group, first = group * p.group;
   const bool awaited = p.exchange == Exchange::kAwaited;
-  const auto number = [&](int i) { return __float_as_uint(sum + i + 1); };
-  for (int i = 4 * thread; i < kPartFloats; i += 4 * kThreads)
-    store_relaxed(p.parts + block * kPartFloats + i,
-                  {number(i), number(i + 1), number(i + 2), number(i + 3)});
+  for (int i = thread; i < kPartFloats; i += kThreads)
+    store_relaxed(p.parts + block * kPartFloats + i, sum + i + 1);
   if (awaited) {
     if (block != first + p.group - 1) return;
   } else {
@@ -92,25 +100,22 @@ __global__ void __launch_bounds__(kThreads, 1) read_kernel(const __grid_constant
     __syncthreads();
     if (!last) return;
   }
-  for (int i = 4 * thread; i < kPartFloats; i += 4 * kThreads) {
-    uint4 own[kMostGroup];
-    float4 total = {};
+  for (int i = thread; i < kPartFloats; i += kThreads) {
+    float own[kMostGroup], total = 0;
 #pragma unroll
     for (int rank = 0; rank < kMostGroup; ++rank)
       if (rank < p.group) own[rank] = load_relaxed(p.parts + (first + rank) * kPartFloats + i);
 #pragma unroll
     for (int rank = 0; rank < kMostGroup; ++rank) {
       if (rank >= p.group) continue;
-      uint4& seen = own[rank];
       float* part = p.parts + (first + rank) * kPartFloats + i;
       if (awaited) {  // zero: not there yet
-        while (!seen.x || !seen.y || !seen.z || !seen.w) seen = load_relaxed(part);
-        store_relaxed(part, {});
+        while (own[rank] == 0) own[rank] = load_relaxed(part);
+        store_relaxed(part, 0.0f);
       }
-      total.x += __uint_as_float(seen.x), total.y += __uint_as_float(seen.y);
-      total.z += __uint_as_float(seen.z), total.w += __uint_as_float(seen.w);
+      total += own[rank];
     }
-    *reinterpret_cast<float4*>(p.out + group * kPartFloats + i) = total;
+    p.out[group * kPartFloats + i] = total;
   }
 }
 

@@ -1,12 +1,12 @@
-// Attention of many queries a request on Hopper: wgmma, with K and V brought by the tensor memory
-// accelerator (TMA). After FlashAttention-3 (https://arxiv.org/abs/2407.08608): warps that load and
-// warpgroups that compute, a warpgroup's softmax under its own product with V and under the other
-// warpgroups' products.
+// Attention of many queries a request on Hopper: wgmma, with Q, K and V brought by the tensor
+// memory accelerator (TMA). After FlashAttention-3 (https://arxiv.org/abs/2407.08608): warps that
+// load and warpgroups that compute, a warpgroup's softmax under its own product with V and under
+// the other warpgroups' products.
 //
 // One thread block a multiprocessor takes tile after tile from a counter: rows of one KV head
 // (queries and heads of the group, packed), 64 for each of kGroups warpgroups. Keys come in tiles
 // of kBlockN, the last first: that is where masks are. The loading warps (one for keys, one for
-// values, two for queries) run ahead into the next tile.
+// values, one or two for queries) run ahead into the next tile.
 //
 // Where there are few tiles, several blocks share one: each has a piece of its keys. The last of
 // them to be done adds their results up.
@@ -44,7 +44,8 @@ constexpr int block_n(int head_dim, int groups) {
   return head_dim == 128 && groups == 3 ? 80 : 128;
 }
 // What a tile takes beside its warpgroups, where each of them takes 1.
-constexpr float tile_cost(int head_dim) { return head_dim == 64 ? 3 : 0.5f; }
+// (With fp8 as with a head_dim of 64: it has not been fitted.)
+constexpr float tile_cost(int head_dim, bool fp8) { return head_dim == 64 || fp8 ? 3 : 0.5f; }
 
 enum Barrier : int { kTileTaken = 1, kFirstTurn = 2, kFirstGroup = 5, kWidening = 8 };
 
@@ -53,7 +54,7 @@ struct Shape {
   static constexpr int kHeadDim = kHeadDim_, kGroups = kGroups_;
   static constexpr bool kFp8 = sizeof(KV) == 1;
   static constexpr int kBlockM = 64 * kGroups, kBlockN = block_n(kHeadDim, kGroups);
-  static constexpr int kLeastTiles = kLeastPiece / kBlockN;  // of a piece
+  static constexpr int kLeastTiles = (kLeastPiece + kBlockN - 1) / kBlockN;  // of a piece
   static constexpr int kThreads = 128 * (kGroups + (kFp8 ? 2 : 1));
   static constexpr int kChunks = 2 * kHeadDim / kChunkBytes;
   // Of keys or values as they arrive.
@@ -84,8 +85,8 @@ struct Tile {
   Request request;  // its index is kEnd behind the last tile
   int kv_head, row0;
   KeyRange keys;  // that any row sees
-  // Values of others can be NaN, which a weight of 0 does not cancel, and come in boxes with those
-  // that the request's rows see.
+  // Without fp8: values of others can be NaN, which a weight of 0 does not cancel, and come in
+  // boxes with those that the request's rows see.
   KeyRange usable;
   int key0;  // of the first key tile
   int key_tiles;
@@ -715,7 +716,12 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
 #pragma unroll
     for (int j = 0; j < kHeadDim / 2; ++j) out[j] = 0;
 #pragma unroll
-    for (int h = 0; h < 2; ++h) row_max[h] = -INFINITY, row_sum[h] = 0;
+    for (int h = 0; h < 2; ++h) {
+      // Rows behind the request's last are of others, and must not make a warp rescale.
+      const int row = tile.row0 + group_row + warp_row + lane / 4 + 8 * h;
+      row_max[h] = row < tile.request.rows ? -INFINITY : INFINITY;
+      row_sum[h] = 0;
+    }
 #pragma unroll 1
     for (int i = 0; i < before; ++i) skip_key_tile();
     if (count > 0) {
@@ -925,7 +931,7 @@ cudaError_t prefill(const AttentionParams& p, cudaStream_t stream) {
     --d.section_heads;
   // The warps that widen fp8 need a third warpgroup's registers.
   constexpr int kMostGroups = sizeof(KV) == 2 ? 3 : 2;
-  switch (choose_groups(d, kMostGroups, tile_cost(kHeadDim))) {
+  switch (choose_groups(d, kMostGroups, tile_cost(kHeadDim, sizeof(KV) == 1))) {
     case 1:
       return launch<T, KV, kHeadDim, 1>(d, stream);
     case 2:

@@ -11,14 +11,16 @@ constexpr int kMostDecodeRows = 32;       // that a unit of decode's work has
 constexpr int kSharedBytes = 227 * 1024;  // that a thread block can have
 constexpr bool has_head_dim(int head_dim) { return head_dim == 64 || head_dim == 128; }
 
-// Whether the tensor memory accelerator can read keys or values: there are some, and strides are
-// below 2^40 bytes, none of them 0 where there is more than one of a kind.
+// Whether the tensor memory accelerator can read a dimension: strides are below 2^40 bytes, and not
+// 0 where there is more than one of a kind.
+inline bool fits_tensor_map(int64_t size, int64_t stride) {
+  return size == 1 || (size > 1 && stride > 0 && stride < int64_t{1} << 39);
+}
+// Keys or values.
 inline bool has_tensor_map(const KVTensor& tensor, int kv_heads) {
-  const auto fits = [](int64_t size, int64_t stride) {
-    return size == 1 || (size > 1 && stride > 0 && stride < int64_t{1} << 39);
-  };
-  return fits(tensor.tokens, tensor.stride_token) && fits(kv_heads, tensor.stride_head) &&
-         fits(tensor.blocks, tensor.stride_block);
+  return fits_tensor_map(tensor.tokens, tensor.stride_token) &&
+         fits_tensor_map(kv_heads, tensor.stride_head) &&
+         fits_tensor_map(tensor.blocks, tensor.stride_block);
 }
 
 // Requests that are not Request::is_decode(), where both k and v have a tensor map; without softcap

@@ -1,4 +1,4 @@
-// How the tensor memory accelerator reads K and V.
+// How the tensor memory accelerator reads Q, K and V.
 #pragma once
 #include <cuda.h>
 
@@ -80,11 +80,9 @@ cudaError_t make_tensor_map(CUtensorMap* map, const KVTensor& tensor, int kv_hea
 
 // Whether tiles of 64 rows and its multiples are boxes of queries: they hold whole tokens.
 inline bool has_query_map(const AttentionParams& p) {
-  const auto fits = [](int64_t size, int64_t stride) {
-    return size == 1 || (stride > 0 && stride < int64_t{1} << 39);
-  };
-  return 64 % p.group == 0 && fits(p.total_q, p.q_stride_token) &&
-         fits(int64_t{p.group} * p.kv_heads, p.q_stride_head);
+  return 64 % p.group == 0 && fits_tensor_map(p.total_q, p.q_stride_token) &&
+         fits_tensor_map(p.group, p.q_stride_head) &&
+         fits_tensor_map(p.kv_heads, p.group * p.q_stride_head);
 }
 
 // Of queries as [KV head, chunk, token, head of the group, element of the chunk]. A copy brings so

@@ -64,12 +64,14 @@ def run(
     """
     results = []
     longest = max(load.prompt + load.answer for load in loads)
-    for together in sittings(backends, tensor_parallel_size):
+    groups = sittings(backends, tensor_parallel_size)
+    kv_bytes = _kv_bytes(max(map(len, groups)))
+    for together in groups:
         settings = (
             *("--load-format", "dummy", "--max-model-len", str(longest + 64)),
             *("--max-num-seqs", str(max(load.clients for load in loads))),
             # Told, not measured: the other server takes memory meanwhile.
-            *("--kv-cache-memory-bytes", str(_kv_bytes(len(together)))),
+            *("--kv-cache-memory-bytes", str(kv_bytes)),
             *("--gpu-memory-utilization", "0.1", "--no-enable-prefix-caching"),
             *("--kv-cache-dtype", kv_cache_dtype),
             *("--tensor-parallel-size", str(tensor_parallel_size)),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -110,8 +111,7 @@ def run(
         }
         for batch, context in workloads
     ]
-    together_each = sittings(backends, tensor_parallel_size)
-    for together in together_each:
+    for together in sittings(backends, tensor_parallel_size):
         with contextlib.ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             write_shape(folder, shape)
@@ -120,8 +120,7 @@ def run(
                 print(f"{backend}: ready after {engine.read()['seconds']:.0f} s", flush=True)
             for result in results:
                 _measure(engines, result)
-                if together is together_each[-1]:
-                    print(_line(result), flush=True)
+                print(_line(result), flush=True)
             for backend, engine in engines.items():
                 print(f"{backend}: paths {engine.paths()}", flush=True)
     return results
@@ -142,9 +141,9 @@ def _measure(engines: dict[str, _Engine], result: dict[str, Any]) -> None:
 
 def _line(result: dict[str, Any]) -> str:
     times = result["ms_per_token"]
-    ours, peer = times[BACKEND_NAME], times.get("FLASH_ATTN")
+    ours, peer = times.get(BACKEND_NAME), times.get("FLASH_ATTN")
     shown = ", ".join(f"{b} {t:.3f}" for b, t in times.items())
-    ratio = f", ours / FLASH_ATTN {ours / peer:.3f}" if peer else ""
+    ratio = f", ours / FLASH_ATTN {ours / peer:.3f}" if ours and peer else ""
     prefill = ", ".join(f"{b} {t:.2f}" for b, t in result["prefill_s"].items())
     cache = "" if result["kv_cache_dtype"] == "auto" else f" {result['kv_cache_dtype']}"
     ranks = result["tensor_parallel_size"]
@@ -187,6 +186,7 @@ def _engine(folder: Path, backend: str, settings: dict[str, Any]) -> Iterator[_E
         stdout=subprocess.PIPE,
         text=True,
         env={"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING", **os.environ},
+        start_new_session=True,
     )
     try:
         yield _Engine(process)
@@ -195,7 +195,9 @@ def _engine(folder: Path, backend: str, settings: dict[str, Any]) -> Iterator[_E
         process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(20)
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # its workers too
+        process.wait()
 
 
 def _serve(folder: str, backend: str, settings: str) -> None:

@@ -391,7 +391,7 @@ def _lock(path: Path) -> Iterator[None]:
 
 HOPPER_TILES = (
     "those of Hopper's own prefill are: block_m 128 or 192, num_warps a sixteenth of it, "
-    "block_n 128, num_stages 3 to 6"
+    "block_n 128 (with 192 rows and a head_dim of 128 it is 80), num_stages 3 to 6"
 )
 
 

@@ -100,7 +100,7 @@ def varlen_attention(
         kv: keys and values, like q or, in pages, fp8 (on CUDA e4m3); ``heads`` must be a multiple
             of their ``kv_heads``.
         cu_seqlens_q: ``[batch + 1]`` int32, prefix sums of the query lengths. Rows of ``q``
-            past ``cu_seqlens_q[-1]`` (padding) are neither read nor written.
+            past ``cu_seqlens_q[-1]`` (padding) count for nothing and are not written.
         causal: no row sees a key after its own position.
         window: keys that a row sees before and after its own position.
         scale: factor of the scores, by default ``1 / sqrt(head_dim)``.

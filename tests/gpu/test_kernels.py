@@ -109,6 +109,15 @@ def test_one_long_request_among_many(fp8: bool) -> None:
     Batch(lengths, 8, 4, 64, fp8=fp8).check()
 
 
+@pytest.mark.parametrize("fp8", [False, True], ids=["16-bit", "fp8"])
+@pytest.mark.parametrize(
+    "lengths", [[(12, 20_000)], [(12, 40_000)], [(12, 40_000), *[(1, 500)] * 15]], ids=str
+)
+def test_few_tokens_on_very_long_keys(lengths: list[tuple[int, int]], fp8: bool) -> None:
+    """More rows than decode reads keys for at once: prefill's, unless it has too many tiles."""
+    Batch(lengths, 8, 4, 128, fp8=fp8).check()
+
+
 def test_the_kernels_that_run() -> None:
     """The path is named before the dispatch: what did it launch?"""
     batch = Batch([(1, 2000), (300, 600)], 2, 4, 64)
@@ -319,6 +328,8 @@ for head_dim in (64, 128):
     many.run()
     many.run(window=(100, 30), causal=False)
     Batch([(400, 3000)], 4, 4, head_dim).run()  # tiles in pieces
+    for lengths in ([(1200, 1300), (1, 300)], [(400, 3000)]):
+        Batch(lengths, 4, 3, head_dim).run()  # queries are no boxes
     lengths = [(1, 500), (0, 3), (3, 70), (1, 0), (90, 150), (1, 1100)]
     batch = Batch(lengths, 2, 4, head_dim)
     for kv in (batch.kv, batch.dense()):
