@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from sparsek_vllm.bench import kernels, serving
+
 
 def sparsek(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = str(Path(sys.executable).with_name("sparsek"))
@@ -51,6 +53,17 @@ def test_demo_with_missing_model_files(tmp_path: Path) -> None:
     assert done.stderr == (
         f"sparsek demo: model must be a folder with a config.json, got {tmp_path}\n"
     )
+
+
+def test_every_set_of_benchmarks_is_told_of() -> None:
+    told = " ".join(sparsek("bench", "--help").stdout.split()).replace("- ", "-")
+    for name in (*kernels.SETS, "floor", "serve", "load"):
+        assert f" {name}," in told or f" {name} " in told
+
+
+def test_engines_of_several_gpus_take_turns() -> None:
+    assert serving.sittings(["ours", "theirs"], 1) == [["ours", "theirs"]]
+    assert serving.sittings(["ours", "theirs"], 2) == [["ours"], ["theirs"]]
 
 
 def test_unknown_command() -> None:

@@ -109,6 +109,15 @@ def test_messages_in_troubleshooting_are_real() -> None:
 
 
 @pytest.mark.parametrize("document", documents.DOCUMENTS, ids=lambda path: path.name)
+def test_rows_of_tables_are_as_long_as_their_heads(document: Path) -> None:
+    columns = 0  # outside of a table
+    for number, line in enumerate(document.read_text().splitlines(), 1):
+        found = len(re.findall(r"(?<!\\)\|", line)) if line.startswith("|") else 0
+        assert columns in (0, found) or not found, f"line {number}: {line}"
+        columns = found
+
+
+@pytest.mark.parametrize("document", documents.DOCUMENTS, ids=lambda path: path.name)
 def test_links_to_files(document: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
         if not target.startswith("http"):
