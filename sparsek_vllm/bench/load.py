@@ -65,17 +65,16 @@ def run(
     results = []
     longest = max(load.prompt + load.answer for load in loads)
     groups = sittings(backends, tensor_parallel_size)
-    kv_bytes = _kv_bytes(max(map(len, groups)))
+    settings = (
+        *("--load-format", "dummy", "--max-model-len", str(longest + 64)),
+        *("--max-num-seqs", str(max(load.clients for load in loads))),
+        # Told, not measured: the other server takes memory meanwhile.
+        *("--kv-cache-memory-bytes", str(_kv_bytes(max(map(len, groups))))),
+        *("--gpu-memory-utilization", "0.1", "--no-enable-prefix-caching"),
+        *("--kv-cache-dtype", kv_cache_dtype),
+        *("--tensor-parallel-size", str(tensor_parallel_size)),
+    )
     for together in groups:
-        settings = (
-            *("--load-format", "dummy", "--max-model-len", str(longest + 64)),
-            *("--max-num-seqs", str(max(load.clients for load in loads))),
-            # Told, not measured: the other server takes memory meanwhile.
-            *("--kv-cache-memory-bytes", str(kv_bytes)),
-            *("--gpu-memory-utilization", "0.1", "--no-enable-prefix-caching"),
-            *("--kv-cache-dtype", kv_cache_dtype),
-            *("--tensor-parallel-size", str(tensor_parallel_size)),
-        )
         with _servers(shape, together, settings) as (tokenizer, servers):
             for server in servers.values():
                 _ask(server, tokenizer, _WARM_UP)
