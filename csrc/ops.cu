@@ -40,6 +40,9 @@ constexpr double kLog2e = 1.4426950408889634;
 // Prefill rescales rows only when the maximum of one of their warp's has grown by more than this
 // many powers of two: exponentials stay below 2^8, which fp16 holds. Idea: FlashAttention-4.
 constexpr float kRescaleSlack = 8.0f;
+// AttentionParams::keys_a_pair of 16 bits: memory's bandwidth over a multiprocessor's rate of
+// products, on an H100.
+constexpr float kKeysAPair = 0.5f;
 
 void check(bool condition, const std::string& message) {
   if (!condition) throw std::runtime_error(message);
@@ -181,6 +184,9 @@ void for_types_and_size(ScalarType type, bool fp8, int64_t head_dim, F f) {
   }
 }
 
+// What Hopper's prefill kernel is for.
+bool is_plain(const AttentionParams& p) { return p.softcap <= 0 && !p.bias; }
+
 struct LaunchAttention {
   const AttentionParams& p;
   bool with_prefill, with_decode, hopper;  // the last: Hopper's own kernels
@@ -191,10 +197,11 @@ struct LaunchAttention {
 #ifdef SPARSEK_SM90
     if constexpr (sm90::has_head_dim(kHeadDim))
       if (hopper) {
-        const bool plain = p.softcap <= 0 && !p.bias;
+        const bool plain = is_plain(p);
+        // In this order prefill takes the multiprocessors that decode leaves.
+        if (with_decode) check(sm90::decode<T, KV, kHeadDim>(p, stream));
         if (with_prefill && plain) check(sm90::prefill<T, KV, kHeadDim>(p, stream));
         if (with_prefill && !plain) check(portable::prefill<T, KV, kHeadDim>(p, stream));
-        if (with_decode) check(sm90::decode<T, KV, kHeadDim>(p, stream));
         return;
       }
 #endif
@@ -211,7 +218,7 @@ void share_out_requests(AttentionParams& p, bool hopper, int64_t most_rows) {
     p.decode_rows = p.long_decode_rows = 0;
   } else if (p.max_seqlen_k < 1024) {
     p.decode_rows = p.long_decode_rows = portable::kDecodeRows;
-  } else if (!hopper || p.softcap > 0 || p.bias) {
+  } else if (!hopper || !is_plain(p)) {
     // A few tiles of rows re-read keys from L2 at little cost.
     p.decode_rows = p.long_decode_rows = 4 * portable::kDecodeRows;
   } else {
@@ -255,8 +262,12 @@ void run_attention(AttentionParams& p, const Tensor& q, bool fp8, const Optional
   const bool with_prefill = most_rows > p.decode_rows;
   const bool with_decode = !p.batch_invariant && min_seqlen_q * p.group <= p.long_decode_rows;
 
-  const int64_t arrivals = int64_t{p.multiprocessors} * kWorkspaceCounters;
-  const int64_t floats = kTileCounters + arrivals + int64_t{p.multiprocessors} * kWorkspaceFloats;
+  if (hopper && with_prefill && with_decode && is_plain(p))
+    p.keys_a_pair = kKeysAPair * (fp8 ? 2 : 1);
+
+  const int64_t arrivals = int64_t{p.multiprocessors} * (kWorkspaceCounters + kDecodeCounters);
+  const int64_t floats =
+      kTileCounters + arrivals + int64_t{p.multiprocessors} * (kWorkspaceFloats + kDecodeFloats);
   check(workspace && workspace->scalar_type() == ScalarType::Float && workspace->numel() >= floats,
         "workspace must hold " + std::to_string(floats) + " float32 zeros");
   p.tile_counters = static_cast<int*>(workspace->data_ptr());

@@ -85,9 +85,12 @@ struct AttentionParams {
   int64_t most_rows;     // that a request of the decode kernel can have
   bool batch_invariant;  // results of a row do not depend on other rows
   float rescale_slack;   // of the prefill kernels: powers of two by which a maximum may grow
+  // Above 0, Hopper's prefill kernel runs beside its decode kernel, the launch before: keys that
+  // decode reads while a multiprocessor of prefill's takes a row and a key.
+  float keys_a_pair;
   // The workspace. Counters are zero before and after each launch.
-  float* partials;     // kWorkspaceFloats for each multiprocessor
-  int* arrivals;       // kWorkspaceCounters for each
+  float* partials;     // kWorkspaceFloats for each multiprocessor, then kDecodeFloats
+  int* arrivals;       // kWorkspaceCounters for each, then kDecodeCounters
   int* tile_counters;  // two: of Hopper's prefill kernel
 };
 
@@ -101,6 +104,9 @@ inline int64_t most_keys(const AttentionParams& p, int64_t queries) {
 // As in sparsek_vllm/core/kernels.py. Floats: two parts of what Hopper's prefill kernel computes,
 // of 12 warps' threads 64 sums, two maxima and two sums of weights.
 constexpr int kWorkspaceFloats = 2 * 12 * 32 * (64 + 4), kWorkspaceCounters = 16;
+// Of Hopper's decode kernel, since both can run at the same time: two parts of 32 rows of 128
+// dimensions with their maxima and sums; as many counters as keep the rest aligned.
+constexpr int kDecodeFloats = 2 * 32 * (128 + 2), kDecodeCounters = 4;
 constexpr int kTileCounters = 4;  // as many as keep the rest aligned
 
 struct WriteParams {

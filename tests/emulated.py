@@ -83,6 +83,11 @@ def _load() -> None:
 _kept: list[torch.library.Library] = []
 
 
+def _serving(device: torch.device, head_dim: int = 128) -> kernels.Serving:
+    hopper = kernels.wants_hopper(get_default_config())
+    return kernels.Serving("emulated", getattr(torch.ops, NAMESPACE), hopper)
+
+
 @contextlib.contextmanager
 def emulated_kernels() -> Iterator[None]:
     """Ops on CPU tensors run the kernels' sources, and count as path "emulated"."""
@@ -90,8 +95,7 @@ def emulated_kernels() -> Iterator[None]:
     space = torch.full((kernels.workspace_floats(MULTIPROCESSORS),), torch.nan)
     counters = space[: -MULTIPROCESSORS * kernels.WORKSPACE_FLOATS].zero_()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "ops", lambda device: getattr(torch.ops, NAMESPACE))
-        patch.setattr(kernels, "path_for", lambda device, head_dim=128: "emulated")
+        patch.setattr(kernels, "serving", _serving)
         patch.setattr(kernels, "workspace", lambda device: space)
         yield
     assert not counters.view(torch.int32).any(), "arrivals are left behind"

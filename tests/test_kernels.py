@@ -103,6 +103,17 @@ def test_few_queries_on_long_keys(
 
 @FP8
 @pytest.mark.parametrize("head_dim", [64, 128])
+def test_decodes_beside_prompts(head_dim: int, fp8: bool) -> None:
+    """Few rows of every number that decode tells apart; prompts of several weights beside them."""
+    few = [(1, 1500), (2, 1024), (3, 900), (5, 1100), (8, 700)]
+    weights = [[], [(33, 33)], [(20, 40), (300, 1300)], [(1000, 3000)] * 3]
+    for prompts in weights if ON_GPU else weights[:3]:
+        repeats = 12 if ON_GPU else 1
+        Batch([*few * repeats, *prompts, (1, 1200)], 2, 4, head_dim, fp8=fp8).check()
+
+
+@FP8
+@pytest.mark.parametrize("head_dim", [64, 128])
 def test_rows_behind_the_last_count_for_nothing(head_dim: int, fp8: bool) -> None:
     """Queries are copied with their neighbours and with padding: the bits do not tell."""
     batch = Batch([(5, 600), (70, 700)], 1, 4, head_dim, fp8=fp8)

@@ -690,7 +690,7 @@ def test_opcheck(device):
     inputs = Inputs(case, device)
     kv, dense = inputs.paged(), inputs.dense()
     out, lse = torch.empty_like(inputs.q), torch.empty(4, 3, device=device)
-    ops = kernels.ops(device)
+    ops = kernels.serving(device).ops
     workspace = kernels.workspace(device)
     tail = (None, None, None, workspace, True, False, 0, 2, 20, 0.125, -1, 0, 0.0, out, lse)
     paged_args = (kv.k, kv.v, inputs.cu_seqlens_q, kv.seq_lens, kv.block_table, None, None, None)

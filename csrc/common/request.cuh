@@ -80,6 +80,13 @@ struct Request {
     return keys(p, query, query);
   }
 
+  // Rows times keys that they see: of a causal mask or none exactly, of a window about.
+  __device__ float pairs(const AttentionParams& p) const {
+    const KeyRange first = keys(p, 0), last = keys(p, p.group_divisor(max(rows, 1) - 1));
+    const int both = max(first.end - first.begin, 0) + max(last.end - last.begin, 0);
+    return 0.5f * static_cast<float>(rows) * static_cast<float>(both);
+  }
+
   // Where a tile of keys that holds `key` begins: tiles lie in pages as the pages do, and in packed
   // keys as the request does. So they do not depend on what else is in the batch.
   template <int kKeys>

@@ -8,10 +8,17 @@
 // scheduler.) The part of a share that belongs to one KV head and one tile of rows is a segment. A
 // segment that is no whole is left in the workspace; one thread block adds the parts up, in an
 // order that does not depend on timing.
+//
+// Where prefill runs beside decode, only some of decode's blocks have a share: as many as leave
+// prefill the multiprocessors that it needs to end with decode, but no fewer than keep memory busy.
+// The others end at once. (After POD-Attention, https://arxiv.org/abs/2410.18038, which has both on
+// each multiprocessor.)
 #pragma once
 #include "request.cuh"
 
 namespace sparsek {
+
+constexpr int kLeastShare = 3;  // one block of so many keeps memory busy, about
 
 // Units of one request, and how they are laid out: KV heads outermost, then tiles of rows, then
 // keys. The first unit begins at a multiple of kAlignment.
@@ -58,14 +65,16 @@ class Share {
  public:
   struct Scratch {  // in shared memory
     int warp_sums[kThreads / 32], before, request;
+    float warp_pairs[kThreads / 32];
   };
 
   __device__ Share(const AttentionParams& p, Scratch& scratch) {
     const int thread = threadIdx.x;
     if (kEven && p.batch == 1) {
       const Units units(p, Request(p, 0));
-      size = units.share > 0 ? units.share : share_of(units.total);
-      take(units.total);
+      const int blocks = static_cast<int>(gridDim.x);
+      size = units.share > 0 ? units.share : (units.total + blocks - 1) / blocks;
+      take(units.total, static_cast<int>(blockIdx.x));
       request_ = before_ = 0;
       return;
     }
@@ -74,14 +83,39 @@ class Share {
     const int requests_each = (p.batch + kThreads - 1) / kThreads;
     const int b0 = min(p.batch, thread * requests_each), b1 = min(p.batch, b0 + requests_each);
     int own = 0;
+    float pairs = 0;  // of prefill's requests
 #pragma unroll 1
-    for (int b = b0; b < b1; ++b) own += units_of(p, b);
+    for (int b = b0; b < b1; ++b) {
+      const Request request(p, b);
+      own += Units(p, request).total;
+      if (p.keys_a_pair > 0 && !request.is_decode(p)) pairs += request.pairs(p);
+    }
+    if (p.keys_a_pair > 0) {
+#pragma unroll
+      for (int step = 16; step > 0; step /= 2) pairs += __shfl_xor_sync(~0u, pairs, step);
+      if (thread % 32 == 0) scratch.warp_pairs[thread / 32] = pairs;
+    }
     const int inclusive = inclusive_sum<kThreads>(own, scratch.warp_sums);
     int total = 0;
 #pragma unroll
     for (int w = 0; w < kThreads / 32; ++w) total += scratch.warp_sums[w];
-    size = share_of(total);
-    take(total);
+    const int all = static_cast<int>(gridDim.x);
+    int blocks = all, own_block = static_cast<int>(blockIdx.x);
+    if (p.keys_a_pair > 0) {
+      pairs = 0;
+#pragma unroll
+      for (int w = 0; w < kThreads / 32; ++w) pairs += scratch.warp_pairs[w];
+      const float keys = static_cast<float>(max(total, 1)) * kUnitKeys;
+      const float for_prefill = p.keys_a_pair * pairs * static_cast<float>(p.kv_heads) / keys;
+      const int most = all - (all + kLeastShare - 1) / kLeastShare;
+      blocks -= static_cast<int>(fminf(for_prefill, static_cast<float>(most)));
+      // Spread over all: neighbours share a path to memory.
+      const int next = (own_block + 1) * blocks / all;
+      own_block = own_block * blocks / all;
+      if (next == own_block) total = 0;
+    }
+    size = (total + blocks - 1) / blocks;
+    take(total, own_block);
     if (empty()) return;
     if (unit_ < inclusive && unit_ >= inclusive - own) {
       int request = b0;
@@ -128,15 +162,13 @@ class Share {
     return false;
   }
 
-  int size;  // units a thread block
+  int size;   // units a thread block
+  int block;  // of those that have a share
 
  private:
-  __device__ static int share_of(int total) {
-    const int blocks = static_cast<int>(gridDim.x);
-    return (total + blocks - 1) / blocks;
-  }
-  __device__ void take(int total) {
-    unit_ = static_cast<int>(blockIdx.x) * size;
+  __device__ void take(int total, int own) {
+    block = own;
+    unit_ = own * size;
     end_ = min(total, unit_ + size);
   }
   __device__ static int units_of(const AttentionParams& p, int b) {
@@ -156,7 +188,7 @@ struct Finish {
 
   const AttentionParams& p;
   const Segment& segment;
-  int share;
+  int share, block;      // units of a block, and which of those that have any this one is
   float exponent_scale;  // of the maxima, in powers of two
 
   __device__ int first_block() const { return segment.whole_begin / share; }
@@ -168,8 +200,8 @@ struct Finish {
   // A part is each row's weighted sum of values, then each row's maximum, then each row's sum of
   // weights. A block leaves at most two: of the segment that it goes on with and of the one that
   // it leaves unfinished.
-  __device__ float* part_of(int block) const {
-    return p.partials + (2 * int64_t{block} + (block == first_block())) * kPartFloats;
+  __device__ float* part_of(int index) const {
+    return p.partials + (2 * int64_t{index} + (index == first_block())) * kPartFloats;
   }
 
   // Weight of a part whose maximum is `own`, where the whole's is `peak`.
@@ -199,7 +231,7 @@ struct Finish {
   // Four neighbours of a row of this block's part; to the output if it is the whole.
   __device__ void leave(int row, int column, float peak, float sum, float4 value) const {
     if (whole()) return store(row, column, peak, sum, value);
-    float* part = part_of(blockIdx.x);
+    float* part = part_of(block);
     *reinterpret_cast<float4*>(part + row * kHeadDim + column) = value;
     if (column == 0) {
       part[kRows * kHeadDim + row] = peak;
@@ -228,9 +260,9 @@ struct Finish {
   // floats a row and part, then two a row.
   template <int kThreads>
   __device__ void add_up(int thread, int barrier, float* scratch) const {
-    const auto load = [&](int block, int i) { return __ldcg(part_of(block) + i); };
-    const auto load_4 = [&](int block, int i) {
-      return __ldcg(reinterpret_cast<const float4*>(part_of(block) + i));
+    const auto load = [&](int index, int i) { return __ldcg(part_of(index) + i); };
+    const auto load_4 = [&](int index, int i) {
+      return __ldcg(reinterpret_cast<const float4*>(part_of(index) + i));
     };
     // A load takes longer than everything else here: all that can be are in flight together.
     constexpr int kAhead = 16;

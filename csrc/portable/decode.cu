@@ -237,7 +237,8 @@ __global__ void __launch_bounds__(Shape<kHeadDim>::kThreads, kDecodeBlocksPerMul
     }
     __syncthreads();
 
-    const Finish<T, kHeadDim, kRows, kGeneral> finish{p, segment, share.size, exponent_scale};
+    const Finish<T, kHeadDim, kRows, kGeneral> finish{p, segment, share.size, share.block,
+                                                      exponent_scale};
     for (int i = 4 * thread; i < segment.rows * kHeadDim; i += 4 * kThreads) {
       const int row = i / kHeadDim, column = i % kHeadDim;
       float peak = -INFINITY, sum = 0;

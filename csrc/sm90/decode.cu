@@ -26,11 +26,11 @@ constexpr int kConsumers = 32 * kWarps, kThreads = kConsumers + 32 * kProducers;
 constexpr int kRingBytes = 128 * 1024;
 constexpr int kConsumerBarrier = 1;
 
-// kWide: the groups take other rows of the same units, in place of other units of the same rows.
+// kWide: where one group's rows are too few the groups take other rows of the same units, in place
+// of other units of the same rows.
 template <typename KV, int kHeadDim, int kTiles, bool kWide>
 struct Shape {
   static constexpr int kRowsOfGroup = 8 * kTiles, kRows = kRowsOfGroup * (kWide ? kGroups : 1);
-  static constexpr int kWarpsOfRow = kWide ? kWarpsOfGroup : kWarps;
   static constexpr bool kFp8 = sizeof(KV) == 1;
   // Of 16 keys, of a warp in a unit: as many as there are registers for.
   static constexpr int kKeyTiles = kFp8 && kHeadDim * kTiles < 256 ? 2 : 1;
@@ -190,11 +190,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t v_lane = one_chunk ? own_ring + swizzled(v_row, pitch, v_piece + S::kRowBytes / 16)
                                     : own_ring + box_bytes + swizzled(v_row, pitch, v_piece);
 
-  const int group_row = kWide ? group * S::kRowsOfGroup : 0;
   int stage = kWide ? 0 : group, phase = 0, turn = 0;
   for (Segment segment; share.next(p, segment);) {
     const Request request(p, segment.request);
     const KeyRange keys = segment.keys;
+    const bool wide = kWide && segment.rows > S::kRowsOfGroup, one_tile = segment.rows <= 8;
+    const int group_row = wide ? group * S::kRowsOfGroup : 0;
     const auto query_of = [&](int row) {
       return p.group_divisor(segment.row0 + min(row, segment.rows - 1));
     };
@@ -241,14 +242,16 @@ __global__ void __launch_bounds__(kThreads, 1)
 
     const int units = segment.end - segment.begin;
     for (int unit = 0; unit < units; ++unit) {
-      const bool own_turn = kWide || turn == group;
+      const bool own_turn = wide || turn == group;
       turn = turn + 1 == kGroups ? 0 : turn + 1;
-      if (!own_turn) continue;
+      if (!kWide && !own_turn) continue;
       mbarrier_wait(&shared.full[stage], phase);
       const int key = segment.key0 + unit * S::kUnitKeys + own_key;
-      if (key < keys.end && key + S::kGroupKeys > keys.begin) {
+      // Of the first kCount tiles of rows.
+      const auto attend = [&](auto count) {
+        constexpr int kCount = decltype(count)::value;
         const uint32_t offset = stage * S::kUnitBytes;
-        float scores[kTiles][S::kKeyTiles][4] = {};
+        float scores[kCount][S::kKeyTiles][4] = {};
 #pragma unroll
         for (int m = 0; m < S::kKeyTiles; ++m) {
 #pragma unroll
@@ -262,7 +265,7 @@ __global__ void __launch_bounds__(kThreads, 1)
               uint32_t k[4];
               first_operand<S, false>(k, loaded, which);
 #pragma unroll
-              for (int t = 0; t < kTiles; ++t)
+              for (int t = 0; t < kCount; ++t)
                 mma<M>(scores[t][m], k, q[t][step][0], q[t][step][1]);
             }
           }
@@ -270,7 +273,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (kGeneral || key < common.begin || key + S::kGroupKeys > common.end) {
           const Request own_request(p, segment.request);  // again: registers are short
 #pragma unroll
-          for (int t = 0; t < kTiles; ++t) {
+          for (int t = 0; t < kCount; ++t) {
 #pragma unroll
             for (int i = 0; i < kScores; ++i) {
               float& score = scores[t][i / 4][i % 4];
@@ -291,13 +294,13 @@ __global__ void __launch_bounds__(kThreads, 1)
         // Lanes look for the maximum of their row together only when one has to be rescaled.
         bool grown = false;
 #pragma unroll
-        for (int t = 0; t < kTiles; ++t) {
+        for (int t = 0; t < kCount; ++t) {
 #pragma unroll
           for (int i = 0; i < kScores; ++i) grown |= scores[t][i / 4][i % 4] > row_max[t][i % 2];
         }
         if (__any_sync(~0u, grown)) {
 #pragma unroll
-          for (int t = 0; t < kTiles; ++t) {
+          for (int t = 0; t < kCount; ++t) {
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
               float x = row_max[t][c];
@@ -319,9 +322,9 @@ __global__ void __launch_bounds__(kThreads, 1)
             }
           }
         }
-        uint32_t weights[kTiles][kScores / 2];
+        uint32_t weights[kCount][kScores / 2];
 #pragma unroll
-        for (int t = 0; t < kTiles; ++t) {
+        for (int t = 0; t < kCount; ++t) {
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
             const float peak_or_0 = row_max[t][c] == -INFINITY ? 0.0f : row_max[t][c];
@@ -370,10 +373,17 @@ __global__ void __launch_bounds__(kThreads, 1)
               uint32_t v[4];
               first_operand<S, true>(v, loaded, which);
 #pragma unroll
-              for (int t = 0; t < kTiles; ++t)
+              for (int t = 0; t < kCount; ++t)
                 mma<M>(out[t][step], v, weights[t][2 * m], weights[t][2 * m + 1]);
             }
           }
+        }
+      };
+      if (own_turn && key < keys.end && key + S::kGroupKeys > keys.begin) {
+        if (kTiles > 1 && one_tile) {
+          attend(std::integral_constant<int, 1>{});
+        } else {
+          attend(std::integral_constant<int, kTiles>{});
         }
       }
       warp_arrive(&shared.empty[stage]);
@@ -402,11 +412,19 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     }
     barrier_sync<kConsumers>(kConsumerBarrier);
-    const Finish<T, kHeadDim, kRows, kGeneral> finish{p, segment, share.size,
+    const Finish<T, kHeadDim, kRows, kGeneral> finish{p, segment, share.size, share.block,
                                                       kGeneral ? kLog2e : 1.0f};
-    // Of the warps that have a part of a row, the first.
-    const auto first_warp = [](int row) {
-      return kWide ? row / S::kRowsOfGroup * kWarpsOfGroup : 0;
+    // The warps that have a part of a row, and the first of them.
+    const int warps_of_row = wide ? kWarpsOfGroup : kWarps;
+    const auto first_warp = [&](int row) {
+      return wide ? row / S::kRowsOfGroup * kWarpsOfGroup : 0;
+    };
+    const auto peak_of = [&](int row) {
+      float peak = -INFINITY;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w)
+        if (w < warps_of_row) peak = fmaxf(peak, shared.row_maxima[first_warp(row) + w][row]);
+      return peak;
     };
     float* own_sums = shared.meeting + warp_of_group * kRows * kPitch<kHeadDim>;
     const auto exchange = [&](bool adds) {
@@ -416,11 +434,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int c = 0; c < 2; ++c) {
           const int row = group_row + 8 * t + 2 * (lane % 4) + c;
           if (row >= segment.rows) continue;
-          float peak = -INFINITY;
-#pragma unroll
-          for (int w = 0; w < S::kWarpsOfRow; ++w)
-            peak = fmaxf(peak, shared.row_maxima[first_warp(row) + w][row]);
-          const float factor = finish.weight(row_max[t][c], peak);
+          const float factor = finish.weight(row_max[t][c], peak_of(row));
 #pragma unroll
           for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
@@ -436,8 +450,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     };
 #pragma unroll
-    for (int g = kWide ? 0 : kGroups - 1; g >= 0; --g) {
-      if (kWide || group == g) exchange(!kWide && g < kGroups - 1);
+    for (int g = kGroups - 1; g >= 0; --g) {
+      if (wide ? g == 0 : group == g) exchange(!wide && g < kGroups - 1);
       barrier_sync<kConsumers>(kConsumerBarrier);
     }
     constexpr int kPasses = (kRows * kHeadDim + 4 * kConsumers - 1) / (4 * kConsumers);
@@ -446,16 +460,14 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
       const int i = 4 * (thread + pass * kConsumers), row = i / kHeadDim, column = i % kHeadDim;
-      peaks[pass] = -INFINITY;
       if (row >= segment.rows) break;
+      peaks[pass] = peak_of(row);
 #pragma unroll
-      for (int w = 0; w < S::kWarpsOfRow; ++w)
-        peaks[pass] = fmaxf(peaks[pass], shared.row_maxima[first_warp(row) + w][row]);
-#pragma unroll
-      for (int w = 0; w < S::kWarpsOfRow; ++w) {
+      for (int w = 0; w < kWarps; ++w) {
         const int own = first_warp(row) + w;
-        sums[pass] +=
-            finish.weight(shared.row_maxima[own][row], peaks[pass]) * shared.row_sums[own][row];
+        if (w < warps_of_row)
+          sums[pass] +=
+              finish.weight(shared.row_maxima[own][row], peaks[pass]) * shared.row_sums[own][row];
       }
 #pragma unroll
       for (int w = 0; w < kWarpsOfGroup; ++w) {
@@ -480,12 +492,14 @@ cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
   using S = Shape<KV, kHeadDim, kTiles, kWide>;
   using Memory = Shared<S, kHeadDim>;
   static_assert(sizeof(Memory) <= kSharedBytes && S::kRows <= kMostDecodeRows);
-  static_assert(most_part_floats(S::kRows, kHeadDim) <= kWorkspaceFloats);
+  static_assert(most_part_floats(S::kRows, kHeadDim) <= kDecodeFloats);
   // All blocks can hold a part of the same rows, whose weights and sums go to shared memory.
   if (scratch_floats(S::kRows, p.multiprocessors) > Memory::kMeetingFloats)
     return cudaErrorInvalidConfiguration;
   DecodeParams d{};
   d.attention = p;
+  d.attention.partials += int64_t{p.multiprocessors} * kWorkspaceFloats;
+  d.attention.arrivals += int64_t{p.multiprocessors} * kWorkspaceCounters;
   d.box_keys = box_keys(p, S::kUnitKeys);
   while (1 << d.box_keys_log2 < d.box_keys) ++d.box_keys_log2;
   d.joined =

@@ -122,6 +122,7 @@ struct PrefillParams {
   bool query_boxes;   // a tile of queries is a box of `q`
   int section_heads;  // KV heads whose tiles go together
   int keys;           // that 64 rows need, by the longest request
+  int own_tiles;      // one a block, its first; none if blocks begin at different times
 };
 
 // Place in a ring.
@@ -406,9 +407,10 @@ template <typename T, typename S>
 __device__ void load_queries(const PrefillParams& d, Shared<S>& shared, int thread) {
   constexpr int kPieces = S::kChunks * kChunkBytes / 16;  // a row
   const AttentionParams& p = d.attention;
-  const int blocks = static_cast<int>(gridDim.x);
-  int id = blockIdx.x;
   if (d.query_boxes && thread >= 32) return;
+  const auto next_id = [&] { return d.own_tiles + atomicAdd(p.tile_counters, 1); };
+  int id = blockIdx.x;
+  if (thread == 0 && d.own_tiles == 0) id = next_id();
   if (thread == 0)
     shared.pieces = best_split(d, shared.tiles_up_to[S::kThreads - 1] * p.kv_heads).pieces;
   for (Place<2> tiles;; tiles.advance()) {
@@ -416,7 +418,7 @@ __device__ void load_queries(const PrefillParams& d, Shared<S>& shared, int thre
     if (thread < 32) {
       // Found before its place is free.
       if (thread == 0)
-        while (!find_tile(d, shared, id, shared.found)) id = blocks + atomicAdd(p.tile_counters, 1);
+        while (!find_tile(d, shared, id, shared.found)) id = next_id();
       __syncwarp();
       mbarrier_wait(&shared.q_empty[tiles.index], tiles.phase ^ 1);
       constexpr int kWords = sizeof(tile) / sizeof(int);
@@ -424,8 +426,7 @@ __device__ void load_queries(const PrefillParams& d, Shared<S>& shared, int thre
       for (int i = thread; i < kWords; i += 32)
         reinterpret_cast<int*>(&tile)[i] = reinterpret_cast<const int*>(&shared.found)[i];
       warp_arrive(&shared.tile_full[tiles.index]);
-      if (thread == 0 && shared.found.request.index != kEnd)
-        id = blocks + atomicAdd(p.tile_counters, 1);
+      if (thread == 0 && shared.found.request.index != kEnd) id = next_id();
     }
     if (!d.query_boxes) barrier_sync<64>(kTileTaken);
     const bool end = tile.request.index == kEnd;
@@ -847,7 +848,13 @@ __global__ void __launch_bounds__(Shape<KV, kHeadDim, kGroups>::kThreads, 1)
     mbarrier_init(&shared.landed, 1);
     mbarrier_fence_init();
   }
-  wait_for_previous_kernel();
+  // Decode, if that is the kernel before, has waited for all that both read.
+  const bool beside_decode = d.attention.keys_a_pair > 0;
+  if (beside_decode) {
+    acquire_writes();
+  } else {
+    wait_for_previous_kernel();
+  }
   allow_next_kernel();
   count_tiles(d.attention, shared);
   const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);
@@ -870,6 +877,8 @@ __global__ void __launch_bounds__(Shape<KV, kHeadDim, kGroups>::kThreads, 1)
     take_registers<S::kComputeRegisters>();
     compute<T, KV, kHeadDim, kGroups>(d, shared, warpgroup - 1);
   }
+  // Whoever waits for this kernel waits for decode.
+  if (beside_decode) wait_for_previous_kernel();
 }
 
 template <typename T, typename KV, int kHeadDim, int kGroups>
@@ -922,6 +931,7 @@ cudaError_t prefill(const AttentionParams& p, cudaStream_t stream) {
   PrefillParams d{};
   d.attention = p;
   d.keys = static_cast<int>(most_keys(p, 64 / p.group + 1));
+  d.own_tiles = p.keys_a_pair > 0 ? 0 : p.multiprocessors;
   // Without a causal mask tiles are alike, and blocks drift apart: heads whose keys and values stay
   // in the L2 cache go together, as many each time.
   const int64_t head_bytes = int64_t{2 * sizeof(KV) * kHeadDim} * p.max_seqlen_k;

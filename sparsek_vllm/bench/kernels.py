@@ -480,12 +480,14 @@ def mixed(warm: bool) -> Iterator[Row]:
     random_lengths = random.Random(0)
     drawn = [random_lengths.lognormvariate(0, 1.0) for _ in range(256)]
     prompts = [max(1, int(16384 * x / sum(drawn))) for x in drawn]
-    chunks, chunk_keys = [1024] * 4 + [1] * 124, [4096] * 128
     for head_dim in (128, 64):
         case = Paged(prompts, prompts, head_dim, 16, warm=warm)
         yield _causal_row(f"256 lognormal prompts D={head_dim}", case)
-        case = Paged(chunks, chunk_keys, head_dim, 16, warm=warm)
-        yield _causal_row(f"4 x 1024 and 124 x 1 on 4096 D={head_dim}", case)
+        for batch, rows, decodes, keys in MIXED_SHAPES:
+            lengths = [rows] * batch + [1] * decodes, [keys] * (batch + decodes)
+            case = Paged(*lengths, head_dim, 16, warm=warm)
+            name = f"{batch} x {rows} and {decodes} x 1 on {keys} D={head_dim}"
+            yield _causal_row(name, case)
 
 
 def small(warm: bool) -> Iterator[Row]:
@@ -538,6 +540,7 @@ CHUNK_SHAPES = (
     (2, 128, 16384),
     (1, 256, 4096),
 )
+MIXED_SHAPES = ((4, 1024, 124, 4096), (1, 2000, 31, 30000), (1, 512, 127, 2048))
 SETS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "decode": decode,
     "uneven": uneven,

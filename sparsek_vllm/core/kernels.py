@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -71,7 +71,7 @@ def wants_hopper(config: _config.Config) -> bool:
     if config.kernels != "auto":
         return config.kernels == "hopper"
     if all(getattr(config, name) == getattr(_DEFAULTS, name) for name in _FIELDS_THAT_CHOOSE):
-        return True  # soon: this is asked at every call
+        return True
     return _hopper_tiles(config) is not None
 
 
@@ -110,15 +110,36 @@ def require() -> None:
     _load(_config.get_default_config())
 
 
-def ops(device: torch.device) -> Any:
-    """The namespace of ``torch.ops`` whose kernels serve tensors on ``device``.
+class Serving(NamedTuple):
+    """What serves the tensors of a call."""
+
+    path: str  # name of the implementation
+    ops: Any  # its namespace of ``torch.ops``
+    hopper: bool  # whether Hopper's own kernels are wanted
+
+
+# A configuration's fields, and what serves under it: asked for at every call.
+_last: tuple[dict[str, Any], dict[tuple[torch.device, int], Serving]] = ({}, {})
+
+
+def serving(device: torch.device, head_dim: int = 128) -> Serving:
+    """What serves tensors on ``device`` under the configuration in force.
 
     Raises:
         ImportError: CUDA, and there are no kernels.
+        ValueError, RuntimeError: as in :func:`path_for`.
     """
-    if device.type == "cpu":
-        return torch.ops.sparsek
-    return _load(_config.get_default_config())
+    global _last
+    config = _config.get_default_config()
+    last = _last  # another thread may set it meanwhile
+    if last[0] != vars(config):
+        last = _last = dict(vars(config)), {}
+    found = last[1].get((device, head_dim))
+    if found is None:
+        path = path_for(device, head_dim)
+        ops = torch.ops.sparsek if device.type == "cpu" else _load(config)
+        found = last[1][device, head_dim] = Serving(path, ops, wants_hopper(config))
+    return found
 
 
 def path_for(device: torch.device, head_dim: int = 128) -> str:
@@ -182,7 +203,7 @@ _workspaces: dict[tuple[int, int], torch.Tensor] = {}
 
 
 # As in csrc/params.h, for each multiprocessor.
-WORKSPACE_COUNTERS, WORKSPACE_FLOATS = 16, 2 * 12 * 32 * (64 + 4)
+WORKSPACE_COUNTERS, WORKSPACE_FLOATS = 16 + 4, 2 * 12 * 32 * (64 + 4) + 2 * 32 * (128 + 2)
 
 
 def workspace_floats(multiprocessors: int) -> int:
@@ -233,18 +254,6 @@ def _archs(config: _config.Config) -> tuple[str, ...]:
     return tuple(sorted(archs))
 
 
-# The fields of a configuration, and its ops: asked for at every call.
-_last: tuple[dict[str, Any], Any] = ({}, None)
-
-
-def _load(config: _config.Config) -> Any:
-    global _last
-    last = _last  # another thread may set it meanwhile
-    if last[0] != vars(config):
-        last = _last = dict(vars(config)), getattr(torch.ops, _load_variant(config))
-    return last[1]
-
-
 _libraries: dict[build.Variant, Path] = {}
 
 
@@ -253,11 +262,11 @@ def loaded() -> tuple[build.Variant, ...]:
     return tuple(_libraries)
 
 
-def _load_variant(config: _config.Config) -> str:
+def _load(config: _config.Config) -> Any:
     wanted = variant(config)
     namespace = build.namespace(wanted)
     if wanted in _libraries:
-        return namespace
+        return getattr(torch.ops, namespace)
     library = _installed(wanted)
     if library is None:
         try:
@@ -274,7 +283,7 @@ def _load_variant(config: _config.Config) -> str:
     torch.ops.load_library(str(library))
     _libraries[wanted] = library
     _logger.info("CUDA kernels: %s", library)
-    return namespace
+    return getattr(torch.ops, namespace)
 
 
 _schema_libraries: list[torch.library.Library] = []

@@ -16,7 +16,7 @@ import torch
 
 from sparsek_vllm import build, reference
 from sparsek_vllm.core import kernels, stats
-from sparsek_vllm.core.config import debug_enabled, get_default_config
+from sparsek_vllm.core.config import debug_enabled
 from sparsek_vllm.core.paged_kv import DenseKV, PagedKV
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -167,7 +167,7 @@ def varlen_attention(
     paged = kv if isinstance(kv, PagedKV) else None
     if debug_enabled() and paged is not None:
         _check_block_table(paged, cu_seqlens_q, q_offsets, left)
-    path = kernels.path_for(q.device, head_dim)
+    served = kernels.serving(q.device, head_dim)
     arguments = (
         q,
         kv.k,
@@ -182,7 +182,7 @@ def varlen_attention(
         paged.k_scale if paged else None,
         paged.v_scale if paged else None,
         kernels.workspace(q.device),
-        kernels.wants_hopper(get_default_config()),
+        served.hopper,
         batch_invariant,
         min_seqlen_q,
         max_seqlen_q,
@@ -195,14 +195,14 @@ def varlen_attention(
         lse,
     )
     try:
-        kernels.ops(q.device).varlen_attention(*arguments)
+        served.ops.varlen_attention(*arguments)
     except RuntimeError:
         # The kernels have refused before any launch; this says it in the words of our arguments,
         # and would cost each call as much as the launch.
         if q.is_cuda:
             _check_cuda_attention(q, kv, cu_seqlens_q, q_offsets, out)
         raise
-    stats.record("varlen_attention", path, q.shape[0])
+    stats.record("varlen_attention", served.path, q.shape[0])
     if return_lse:
         assert lse is not None
         return out, lse
@@ -228,18 +228,17 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -
         t.transpose(1, 2).is_contiguous() for t in (q, k, v)
     ):
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    path = kernels.path_for(q.device, q.shape[3])
+    served = kernels.serving(q.device, q.shape[3])
     out = torch.empty_like(q)
     space = kernels.workspace(q.device)
-    hopper = kernels.wants_hopper(get_default_config())
     try:
-        kernels.ops(q.device).attention.default(q, k, v, space, hopper, scale, out)
+        served.ops.attention.default(q, k, v, space, served.hopper, scale, out)
     except RuntimeError:
         if q.is_cuda:
             for name, tensor in (("q", q), ("k", k), ("v", v)):
                 _check_aligned(name, tensor)
         raise
-    stats.record("attention", path, q.shape[0] * q.shape[2])
+    stats.record("attention", served.path, q.shape[0] * q.shape[2])
     return out
 
 
@@ -314,9 +313,9 @@ def write_kv(
         _check("k_cache", k_cache, None, (key.dtype, CUDA_FP8), key.device)
         if k_cache.dtype == key.dtype:
             _check_no_scales(k_scale, v_scale, "k_cache")
-    path = kernels.path_for(key.device)
-    kernels.ops(key.device).write_kv(key, value, k_cache, v_cache, slot_mapping, k_scale, v_scale)
-    stats.record("write_kv", path, slot_mapping.shape[0])
+    served = kernels.serving(key.device)
+    served.ops.write_kv(key, value, k_cache, v_cache, slot_mapping, k_scale, v_scale)
+    stats.record("write_kv", served.path, slot_mapping.shape[0])
 
 
 def merge_states(
@@ -354,13 +353,13 @@ def merge_states(
     _check("out_a", out_a, None, FLOAT_DTYPES, out_a.device)
     wide = torch.promote_types(out_a.dtype, torch.float32)
     _check("lse_a", lse_a, (out_a.shape[1], out_a.shape[0]), (wide,), out_a.device)
-    path = kernels.path_for(out_a.device)
+    served = kernels.serving(out_a.device)
     if out is None:
         out = torch.empty_like(out_a)
     _check_same("out", out, "out_a", out_a)
     lse = torch.empty_like(lse_a)
-    kernels.ops(out_a.device).merge_states(out_a, lse_a, out_b, lse_b, out, lse)
-    stats.record("merge_states", path, out_a.shape[0])
+    served.ops.merge_states(out_a, lse_a, out_b, lse_b, out, lse)
+    stats.record("merge_states", served.path, out_a.shape[0])
     return out, lse
 
 

@@ -70,6 +70,7 @@ inline void tensor_copy(void* destination, const CUtensorMap* map, uint64_t* bar
 inline void prefetch_tensor_map(const CUtensorMap*) {}
 
 inline void wait_for_previous_kernel() {}
+inline void acquire_writes() {}
 inline void allow_next_kernel() {}
 
 template <typename Parameters>

@@ -183,6 +183,31 @@ def test_graph_replays_with_other_query_lengths() -> None:
             torch.testing.assert_close(out[rows].double(), expected, rtol=3e-2, atol=3e-2)
 
 
+def test_decodes_beside_prompts_in_a_graph() -> None:
+    """Prefill begins before decode has ended: nothing else may, in front of them or behind."""
+    batch = Batch([(600, 3000), *[(1, 4000)] * 60, (900, 900)], 8, 4, 128)
+    longest = {"max_seqlen_q": 900, "max_seqlen_k": 4000}
+    q, out = torch.empty_like(batch.q), torch.empty_like(batch.q)
+    inputs = [torch.randn_like(batch.q) for _ in range(4)]
+    results = [torch.empty_like(batch.q) for _ in inputs]
+    expected = []
+    for x in inputs:
+        torch.cuda.synchronize()
+        expected.append(varlen_attention(x, batch.kv, batch.cu_seqlens_q, **longest))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for x, result in zip(inputs, results, strict=True):
+            q.copy_(x)
+            varlen_attention(q, batch.kv, batch.cu_seqlens_q, out=out, **longest)
+            result.copy_(out)
+    for _ in range(20):
+        for result in (out, *results):
+            result.fill_(torch.nan)
+        graph.replay()
+        for result, right in zip(results, expected, strict=True):
+            assert torch.equal(result, right)
+
+
 def test_graph_replays_with_other_pieces() -> None:
     """Prefill splits the keys of a tile by how many there are."""
     batch = Batch([(300, 20_000)], 2, 4, 128)
