@@ -42,7 +42,7 @@ constexpr double kLog2e = 1.4426950408889634;
 constexpr float kRescaleSlack = 8.0f;
 // AttentionParams::keys_a_pair of 16 bits: memory's bandwidth over a multiprocessor's rate of
 // products, on an H100.
-constexpr float kKeysAPair = 0.5f;
+constexpr float kKeysAPair = 0.65f;
 
 void check(bool condition, const std::string& message) {
   if (!condition) throw std::runtime_error(message);

@@ -9,16 +9,18 @@
 // segment that is no whole is left in the workspace; one thread block adds the parts up, in an
 // order that does not depend on timing.
 //
-// Where prefill runs beside decode, only some of decode's blocks have a share: as many as leave
-// prefill the multiprocessors that it needs to end with decode, but no fewer than keep memory busy.
-// The others end at once. (After POD-Attention, https://arxiv.org/abs/2410.18038, which has both on
-// each multiprocessor.)
+// Where prefill runs beside decode, only some of decode's blocks have a share, and the others end
+// at once: they leave prefill the multiprocessors that it needs to end with decode. (After
+// POD-Attention, https://arxiv.org/abs/2410.18038, which has both on each multiprocessor.)
 #pragma once
 #include "request.cuh"
 
 namespace sparsek {
 
-constexpr int kLeastShare = 3;  // one block of so many keeps memory busy, about
+// Beside prefill, of all blocks: a third keeps memory busy, about, and two thirds do so as well as
+// all. Within that, prefill gets several times what it needs: its tiles take long, and one that
+// begins late would end long after decode.
+constexpr float kSpare = 8;
 
 // Units of one request, and how they are laid out: KV heads outermost, then tiles of rows, then
 // keys. The first unit begins at a multiple of kAlignment.
@@ -106,9 +108,10 @@ class Share {
 #pragma unroll
       for (int w = 0; w < kThreads / 32; ++w) pairs += scratch.warp_pairs[w];
       const float keys = static_cast<float>(max(total, 1)) * kUnitKeys;
-      const float for_prefill = p.keys_a_pair * pairs * static_cast<float>(p.kv_heads) / keys;
-      const int most = all - (all + kLeastShare - 1) / kLeastShare;
-      blocks -= static_cast<int>(fminf(for_prefill, static_cast<float>(most)));
+      const float needed = p.keys_a_pair * pairs * static_cast<float>(p.kv_heads) / keys;
+      const int third = all / 3;
+      const float given = fmaxf(needed, fminf(kSpare * needed, static_cast<float>(third)));
+      blocks -= static_cast<int>(fminf(given, static_cast<float>(all - third - 1)));
       // Spread over all: neighbours share a path to memory.
       const int next = (own_block + 1) * blocks / all;
       own_block = own_block * blocks / all;
