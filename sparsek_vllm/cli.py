@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from sparsek_vllm._version import __version__
 
@@ -40,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench.add_argument(
         "--tensor-parallel-size", type=int, default=1, metavar="GPUS", help="of serve and load"
     )
+    bench.add_argument(
+        "--compilation-config", type=_object, metavar="JSON", help="of serve and load, as vLLM's"
+    )
     bench.add_argument("--json", metavar="FILE", help="write everything measured there")
     bench.add_argument("--plots", metavar="FOLDER", help="draw a picture for each set there")
     options = parser.parse_args(argv)
@@ -60,6 +65,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text!r}")
+    return value
 
 
 def _bench(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
@@ -99,12 +114,14 @@ def _bench(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             options.shape,
             kv_cache_dtype=options.kv_cache_dtype,
             tensor_parallel_size=options.tensor_parallel_size,
+            compilation_config=options.compilation_config,
         )
     if "load" in chosen:
         loads = load.run(
             options.shape,
             kv_cache_dtype=options.kv_cache_dtype,
             tensor_parallel_size=options.tensor_parallel_size,
+            compilation_config=options.compilation_config,
         )
     if options.json:
         text = report.as_json(environment, measured, floors, served, loads)

@@ -70,3 +70,9 @@ def test_unknown_command() -> None:
     done = sparsek("fly")
     assert done.returncode == 2
     assert "invalid choice: 'fly'" in done.stderr
+
+
+def test_bench_takes_a_compilation_config_that_is_an_object() -> None:
+    done = sparsek("bench", "--compilation-config", "[1]")
+    assert done.returncode == 2
+    assert "--compilation-config: must be a JSON object, got '[1]'" in done.stderr

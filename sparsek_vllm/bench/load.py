@@ -54,6 +54,7 @@ def run(
     backends: Sequence[str] = (BACKEND_NAME, "FLASH_ATTN"),
     kv_cache_dtype: str = "auto",
     tensor_parallel_size: int = 1,
+    compilation_config: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Throughput, time to the first token and time a token of each load and backend.
 
@@ -73,6 +74,7 @@ def run(
         *("--gpu-memory-utilization", "0.1", "--no-enable-prefix-caching"),
         *("--kv-cache-dtype", kv_cache_dtype),
         *("--tensor-parallel-size", str(tensor_parallel_size)),
+        *("--compilation-config", json.dumps(compilation_config or {})),
     )
     for together in groups:
         with _servers(shape, together, settings) as (tokenizer, servers):

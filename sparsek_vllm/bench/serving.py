@@ -86,6 +86,7 @@ def run(
     eager: bool = False,
     kv_cache_dtype: str = "auto",
     tensor_parallel_size: int = 1,
+    compilation_config: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Milliseconds per output token and seconds of prefill, for each backend and workload."""
     workloads = workloads or WORKLOADS[shape]
@@ -97,7 +98,8 @@ def run(
     }
     if not eager:
         sizes = sorted({batch for batch, _ in workloads})
-        settings["compilation_config"] = {"cudagraph_capture_sizes": sizes}
+        asked = compilation_config or {}
+        settings["compilation_config"] = {"cudagraph_capture_sizes": sizes} | asked
     results: list[dict[str, Any]] = [
         {
             "shape": shape,
