@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <mutex>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -273,6 +274,9 @@ void run_attention(AttentionParams& p, const Tensor& q, bool fp8, const Optional
   p.tile_counters = static_cast<int*>(workspace->data_ptr());
   p.arrivals = p.tile_counters + kTileCounters;
   p.partials = static_cast<float*>(workspace->data_ptr()) + kTileCounters + arrivals;
+  // Prefill waits for no kernel but the decode of its own call: no other thread's may come between.
+  static std::mutex launching;
+  const std::lock_guard<std::mutex> lock(launching);
   for_types_and_size(q.scalar_type(), fp8, head_dim,
                      LaunchAttention{p, with_prefill, with_decode, hopper, device.stream()});
 }

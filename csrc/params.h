@@ -86,7 +86,7 @@ struct AttentionParams {
   bool batch_invariant;  // results of a row do not depend on other rows
   float rescale_slack;   // of the prefill kernels: powers of two by which a maximum may grow
   // Above 0, Hopper's prefill kernel runs beside its decode kernel, the launch before: keys that
-  // decode reads while a multiprocessor of prefill's takes a row and a key.
+  // decode reads in the time that a multiprocessor of prefill's takes for one row and one key.
   float keys_a_pair;
   // The workspace. Counters are zero before and after each launch.
   float* partials;     // kWorkspaceFloats for each multiprocessor, then kDecodeFloats

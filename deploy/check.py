@@ -34,7 +34,7 @@ def wait_until_healthy(url: str, seconds: float) -> None:
 
 def main(url: str) -> None:
     wait_until_healthy(url, float(os.environ.get("CHECK_TIMEOUT", "900")))
-    client = OpenAI(base_url=f"{url}/v1", api_key=os.environ.get("VLLM_API_KEY", "none"))
+    client = OpenAI(base_url=f"{url}/v1", api_key=os.environ.get("VLLM_API_KEY") or "none")
     model = client.models.list().data[0].id
     answer = client.chat.completions.create(
         model=model,

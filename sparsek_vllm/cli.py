@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--tensor-parallel-size", type=int, default=1, metavar="GPUS", help="of serve and load"
     )
     bench.add_argument(
-        "--compilation-config", type=_object, metavar="JSON", help="of serve and load, as vLLM's"
+        "--compilation-config", type=object_of, metavar="JSON", help="of serve and load, as vLLM's"
     )
     bench.add_argument("--json", metavar="FILE", help="write everything measured there")
     bench.add_argument("--plots", metavar="FOLDER", help="draw a picture for each set there")
@@ -67,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _object(text: str) -> dict[str, Any]:
+def object_of(text: str) -> dict[str, Any]:
+    """A JSON object; ArgumentTypeError where the text is none."""
     try:
         value = json.loads(text)
     except ValueError:
@@ -100,15 +101,25 @@ def _bench(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     environment = kernels.environment()
     print(", ".join(f"{key} {value}" for key, value in environment.items()))
     print("L2 cache: " + ("warm" if options.warm else "cold, inputs rotate") + "\n", flush=True)
-    measured = {}
+    measured: dict[str, list[kernels.Row]] = {}
+    floors = served = loads = None
+
+    def save() -> None:
+        """What there is so far: a later set may fail."""
+        if options.json:
+            text = report.as_json(environment, measured, floors, served, loads)
+            Path(options.json).write_text(text)
+
+    save()  # now, if it cannot be written
     for name in chosen:
         if name in kernels.SETS:
             measured[name] = list(kernels.SETS[name](options.warm))
             print(report.table(name, measured[name]) + "\n", flush=True)
-    floors = floor.run(get_default_config().build_path()) if "floor" in chosen else None
-    if floors:
+            save()
+    if "floor" in chosen:
+        floors = floor.run(get_default_config().build_path())
         print(floor.table(floors) + "\n", flush=True)
-    served = loads = None
+        save()
     if "serve" in chosen:
         served = serving.run(
             options.shape,
@@ -116,6 +127,7 @@ def _bench(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             tensor_parallel_size=options.tensor_parallel_size,
             compilation_config=options.compilation_config,
         )
+        save()
     if "load" in chosen:
         loads = load.run(
             options.shape,
@@ -123,9 +135,7 @@ def _bench(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             tensor_parallel_size=options.tensor_parallel_size,
             compilation_config=options.compilation_config,
         )
-    if options.json:
-        text = report.as_json(environment, measured, floors, served, loads)
-        Path(options.json).write_text(text)
+        save()
     if options.plots:
         for path in report.plot(Path(options.plots), environment, measured):
             print(path)

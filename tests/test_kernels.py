@@ -110,6 +110,33 @@ def test_decodes_beside_prompts(head_dim: int, fp8: bool) -> None:
     for prompts in weights if ON_GPU else weights[:3]:
         repeats = 12 if ON_GPU else 1
         Batch([*few * repeats, *prompts, (1, 1200)], 2, 4, head_dim, fp8=fp8).check()
+    Batch([(17, 1100), (16, 300), (9, 1024), (20, 90)], 2, 1, head_dim, fp8=fp8).check()
+
+
+@pytest.mark.skipif(not kernels.wants_hopper(get_default_config()), reason="Hopper's kernels alone")
+def test_parts_tell_who_had_a_share() -> None:
+    """Decode and prefill, which run at once, leave their parts apart; beside a heavy prompt a third
+    of decode's blocks has a share.
+    """
+    space = kernels.workspace(DEVICE)
+    blocks = space.numel() // (kernels.WORKSPACE_COUNTERS + kernels.WORKSPACE_FLOATS)
+    parts = space[-blocks * kernels.WORKSPACE_FLOATS :]
+    keys = 20_000 if ON_GPU else 1200
+
+    def used(lengths: list[tuple[int, int]], group: int, rows: int) -> tuple[bool, int]:
+        """Whether prefill left parts, and how many blocks of a decode of so many rows did."""
+        parts.fill_(torch.nan)
+        Batch(lengths, 1, group, 128).run()
+        of_decode = parts[-blocks * kernels.DECODE_FLOATS :]
+        of_prefill = parts[: -blocks * kernels.DECODE_FLOATS]
+        own = of_decode[: blocks * 2 * rows * (128 + 2)].view(blocks, -1)
+        return not of_prefill.isnan().all(), int((~own.isnan().all(1)).sum())
+
+    prefill_did, decode_blocks = used([(1, keys), (1, keys)], 4, 8)
+    assert not prefill_did and decode_blocks > blocks // 3 + 1
+    assert used([(700, 20_000) if ON_GPU else (100, 3300)], 1, 8) == (True, 0)
+    prompt = (4000, 8000) if ON_GPU else (300, 1300)
+    assert used([(1, keys), prompt], 4, 32)[1] == blocks // 3 + 1
 
 
 @FP8

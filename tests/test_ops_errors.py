@@ -200,6 +200,10 @@ ATTENTION = [
     ({"window": (1, 2, 3)}, f"{WINDOW} (1, 2, 3)"),
     *[({"scale": value}, f"{SCALE} {value}") for value in (0, 0.0, -0.5, NAN, INF, -INF)],
     *[({"softcap": value}, f"{SOFTCAP} {value}") for value in (-1, -0.1, NAN, INF, -INF)],
+    (
+        {"min_seqlen_q": 4},
+        "min_seqlen_q must be at most the shortest query length, 3, got 4",
+    ),
     # outputs
     (
         {"out": zeros(3, 4, 128)},

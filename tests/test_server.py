@@ -15,6 +15,7 @@ from typing import Any
 
 import api_reference
 import pytest
+from engine import client
 
 from sparsek_vllm._version import __version__
 from sparsek_vllm.demo import SERVED_NAME, DemoError, Server
@@ -54,12 +55,6 @@ class Published(Server):
         folder = Path(sys.executable).parent
         local = shlex.join(a for a in self.command[5:] if a != str(model))
         self.command = ["bash", "-c", f'PATH="{folder}:$PATH"\n{command} {local}']
-
-
-def client(server: Server) -> Any:
-    from openai import AsyncOpenAI
-
-    return AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
 
 
 async def chat(api: Any, topic: str) -> str:
@@ -140,11 +135,11 @@ def test_thirty_two_parallel_clients(server: Server) -> None:
     """Nothing is lost, and each answer is the one given to a client that is alone."""
 
     async def one_by_one() -> list[str]:
-        async with client(server) as api:
+        async with client(server, timeout=120) as api:
             return [await ask(api, topic) for topic in TOPICS for ask in (chat, complete)]
 
     async def together() -> list[Any]:
-        async with client(server) as api:
+        async with client(server, timeout=120) as api:
             asked = [ask(api, topic) for topic in TOPICS for ask in (chat, complete)]
             left = [give_up(api, topic) for topic in TOPICS[:6]]
             return await asyncio.gather(*asked, *left, return_exceptions=True)
@@ -160,7 +155,7 @@ def test_thirty_two_parallel_clients(server: Server) -> None:
 
 def test_killed_and_started_again(server: Server, model: Path) -> None:
     async def capital(running: Server) -> str:
-        async with client(running) as api:
+        async with client(running, timeout=120) as api:
             answer = await api.chat.completions.create(
                 model=SERVED_NAME,
                 messages=[{"role": "user", "content": "What is the capital of France?"}],

@@ -46,8 +46,10 @@ __device__ inline void mbarrier_wait(uint64_t* barrier, int parity) {
 __device__ inline void wait_for_previous_kernel() {
   asm volatile("griddepcontrol.wait;\n" ::: "memory");
 }
-// What other blocks have written, and seen to be written, is seen.
-__device__ inline void acquire_writes() { asm volatile("fence.acq_rel.gpu;\n" ::: "memory"); }
+// What other blocks have written, and seen to be written, is seen, by asynchronous copies too.
+__device__ inline void acquire_writes() {
+  asm volatile("fence.acq_rel.gpu;\nfence.proxy.async;\n" ::: "memory");
+}
 // Lets such a kernel behind this one begin.
 __device__ inline void allow_next_kernel() {
   asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");

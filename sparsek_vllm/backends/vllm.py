@@ -199,6 +199,7 @@ class SparseKMetadata(AttentionMetadata):
     """What the layers of one step share; tensors as in vLLM's CommonAttentionMetadata."""
 
     num_actual_tokens: int
+    min_query_len: int  # or less
     max_query_len: int
     max_seq_len: int
     query_start_loc: torch.Tensor
@@ -291,8 +292,13 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
                 torch.full_like(common.seq_lens[:1], common_prefix_len),
                 common.seq_lens - common_prefix_len,
             )
+        shortest = 0
+        if common.max_query_len > 1 and common.num_reqs > 0:
+            begins = common.query_start_loc_cpu[: common.num_reqs + 1]
+            shortest = int(begins.diff().min())
         return SparseKMetadata(
             num_actual_tokens=common.num_actual_tokens,
+            min_query_len=shortest,
             max_query_len=common.max_query_len,
             max_seq_len=common.max_seq_len,
             query_start_loc=common.query_start_loc,
@@ -311,8 +317,10 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
         if metadata.context is not None:
             metadata.context.empty = False
         mode = self.vllm_config.compilation_config.cudagraph_mode
+        # Replayed with other requests.
+        metadata.min_query_len = 0
         if mode.mixed_mode() == CUDAGraphMode.FULL:
-            # Replayed with as many tokens, of whatever requests.
+            # Of as many tokens.
             metadata.max_query_len = metadata.num_actual_tokens
         return metadata
 
@@ -512,6 +520,7 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
             "softcap": self.softcap,
             "sinks": self.sinks,
             "batch_invariant": self.batch_invariant,
+            "min_seqlen_q": metadata.min_query_len,
             "max_seqlen_q": metadata.max_query_len,
             "max_seqlen_k": metadata.max_seq_len,
         }

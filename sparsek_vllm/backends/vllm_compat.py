@@ -54,6 +54,17 @@ def _add_member(enum: Any, name: str, value: str) -> Any:
     return member
 
 
+def is_honoured() -> bool:
+    """Whether the platform takes the backend that was chosen: vLLM's own for CPU does not."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return True
+    from sparsek_vllm.backends.vllm_platform import SparseKCpuPlatform
+
+    return isinstance(current_platform, SparseKCpuPlatform)
+
+
 def is_cpu_build() -> bool:
     """Whether this vLLM runs on its CPU platform."""
     from vllm import platforms

@@ -23,7 +23,7 @@ class AttentionInfo(StatLoggerBase):
 
     def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
         chosen = vllm_config.attention_config.backend
-        if getattr(chosen, "name", None) == vllm_compat.BACKEND_NAME and _is_honoured():
+        if getattr(chosen, "name", None) == vllm_compat.BACKEND_NAME and vllm_compat.is_honoured():
             _publish(vllm_config.model_config.get_head_size())
 
     def record(self, *args: Any, **kwargs: Any) -> None:
@@ -53,17 +53,6 @@ def _gauge(*labels: str) -> Any:
         labelnames=labels,
         multiprocess_mode="mostrecent",  # with --api-server-count above 1
     )
-
-
-def _is_honoured() -> bool:
-    """Whether the platform takes the backend that was chosen: vLLM's own for CPU does not."""
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        return True
-    from sparsek_vllm.backends.vllm_platform import SparseKCpuPlatform
-
-    return isinstance(current_platform, SparseKCpuPlatform)
 
 
 def _path(head_dim: int) -> str:

@@ -41,7 +41,8 @@ def _find_fmha() -> Any:
         if hasattr(found, "AttentionFwOpBase"):
             return found
     raise ImportError(
-        "sparsek_vllm.backends.xformers needs xFormers: pip install xformers"
+        "sparsek_vllm.backends.xformers needs xFormers: "
+        "pip install 'xformers>=0.0.33.post2,<=0.0.35'"
     ) from cause
 
 

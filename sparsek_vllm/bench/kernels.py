@@ -130,6 +130,7 @@ class Paged:
             for k, v, table in zip(self.k, self.v, self.tables, strict=True)
         ]
         longest = max(self.rows), max(self.keys)
+        shortest = min(self.rows)
 
         def call(i: int) -> object:
             i %= self.copies
@@ -137,6 +138,7 @@ class Paged:
                 self.q[i],
                 caches[i],
                 self.cu_seqlens_q,
+                min_seqlen_q=shortest,
                 max_seqlen_q=longest[0],
                 max_seqlen_k=longest[1],
                 out=self.out,
@@ -338,6 +340,7 @@ class Dense:
                 kv[i],
                 bounds,
                 causal=self.causal,
+                min_seqlen_q=self.length,
                 max_seqlen_q=self.length,
                 max_seqlen_k=self.length,
                 out=out,

@@ -74,7 +74,7 @@ def run(
         *("--gpu-memory-utilization", "0.1", "--no-enable-prefix-caching"),
         *("--kv-cache-dtype", kv_cache_dtype),
         *("--tensor-parallel-size", str(tensor_parallel_size)),
-        *("--compilation-config", json.dumps(compilation_config or {})),
+        *(["--compilation-config", json.dumps(compilation_config)] if compilation_config else []),
     )
     for together in groups:
         with _servers(shape, together, settings) as (tokenizer, servers):
@@ -90,7 +90,9 @@ def run(
                             "requests were answered"
                         )
                     kept = {name: measured[name] for name in METRICS}
-                    results.append({"shape": shape, "load": load.name, "backend": backend, **kept})
+                    result = {"shape": shape, "compilation_config": compilation_config}
+                    result |= {"load": load.name, "backend": backend, **kept}
+                    results.append(result)
                     print(_line(results[-1]), flush=True)
             for backend, server in servers.items():
                 print(f"{backend}: paths {server.path_counts()}", flush=True)

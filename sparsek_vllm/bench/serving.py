@@ -105,6 +105,7 @@ def run(
             "shape": shape,
             "kv_cache_dtype": kv_cache_dtype,
             "tensor_parallel_size": tensor_parallel_size,
+            "compilation_config": compilation_config,
             "batch": batch,
             "context": context,
             "ms_per_token": {},

@@ -64,7 +64,6 @@ class Variant:
         fast_math: ``--use_fast_math``.
         lineinfo: ``-lineinfo``.
         debug: assertions in the kernels.
-        cutlass_path: a CUTLASS installation for kernels that borrow from it.
         hopper_warpgroups: those of Hopper's own prefill that compute, 64 query rows each; 0 for as
             many as fill the GPU best.
         hopper_stages: its tiles in flight, if they fit; 0 for as many as are best.
@@ -77,7 +76,6 @@ class Variant:
     fast_math: bool = True
     lineinfo: bool = False
     debug: bool = False
-    cutlass_path: str | None = None
     hopper_warpgroups: int = 0
     hopper_stages: int = 0
 
@@ -114,8 +112,6 @@ class Variant:
             flags.append("-lineinfo")
         if self.debug:
             flags.append("-DSPARSEK_DEBUG")
-        if self.cutlass_path:
-            flags.append(f"-I{self.cutlass_path}/include")
         return flags
 
 
@@ -172,19 +168,23 @@ def find_tools() -> Tools:
     if version < _MINIMUM_CUDA:
         raise BuildError(
             f"nvcc {nvcc} has version {version[0]}.{version[1]}, "
-            f"{'.'.join(map(str, _MINIMUM_CUDA))} or newer is needed"
+            f"{'.'.join(map(str, _MINIMUM_CUDA))} or newer is needed: set CUDA_HOME to one, or pip "
+            "install nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl"
         )
     ninja = _find_program("ninja")
     if ninja is None:
         raise BuildError("ninja is missing: pip install ninja")
-    compiler = _find_program(os.environ.get("CXX") or "c++") or _find_program("g++")
+    asked = os.environ.get("CXX")
+    compiler = _find_program(asked) if asked else _find_program("c++") or _find_program("g++")
     if compiler is None:
-        raise BuildError("a C++ compiler is missing: install g++, or set CXX")
+        found = f"CXX is {asked}, which is no program" if asked else "a C++ compiler is missing"
+        raise BuildError(f"{found}: install g++, or set CXX to a compiler")
     return Tools(nvcc, version, torch, ninja, compiler)
 
 
 def _find_nvcc(torch: Path) -> tuple[Path | None, tuple[int, int]]:
-    """The first toolkit, of those of the major version of torch's CUDA if there are any.
+    """The first toolkit, of those that are new enough and of the major version of torch's CUDA
+    if there are any.
 
     A library of a newer major version than torch's can ask for a newer driver.
     """
@@ -200,8 +200,10 @@ def _find_nvcc(torch: Path) -> tuple[Path | None, tuple[int, int]]:
     found = [(c, _nvcc_version(c)) for c in candidates if os.access(c, os.X_OK)]
     text = (torch / "version.py").read_text()
     match = re.search(r"^cuda\b.*'(\d+)\.", text, re.M)
-    alike = [(c, v) for c, v in found if match and v[0] == int(match[1])]
-    return next(iter(alike + found), (None, (0, 0)))
+    found.sort(
+        key=lambda one: (one[1] < _MINIMUM_CUDA, not match or one[1][0] != int(match[1]))
+    )  # stable: first come, first served
+    return found[0] if found else (None, (0, 0))
 
 
 def _nvcc_version(nvcc: Path) -> tuple[int, int]:
@@ -238,7 +240,9 @@ def key(tools: Tools, variant: Variant, archs: Sequence[str]) -> str:
     root = sources()
     for path in sorted(root.rglob("*.[ch]u*")) + sorted(root.rglob("*.h")):
         digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
-    digest.update(repr((tools.cuda_version, variant, sorted(archs), TORCH_TARGET)).encode())
+    digest.update(Path(__file__).read_bytes())  # the rest of the flags
+    made_by = tools.cuda_version, str(tools.compiler), variant, sorted(archs)
+    digest.update(repr(made_by).encode())
     return digest.hexdigest()[:16]
 
 
@@ -416,7 +420,7 @@ def buildable() -> str:
     """The tiles that can be built, as a sentence."""
     tiles = [
         f"({m}, {n}, {stages}, {warps})"
-        for m in (64, 128, 192, 256)
+        for m in (128, 192, 256)  # 64 is the default of Config, which stands for ours
         for n in (32, 64, 96, 128, 160, 176, 256)
         for stages in range(1, 9)
         for warps in (4, 8, 12, 16)

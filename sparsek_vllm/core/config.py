@@ -51,18 +51,18 @@ class Config:
         persistent_kernel: one thread block for each SM, looping over tiles.
         warp_specialized: separate warps load and compute.
         use_tma: copy tiles with the tensor memory accelerator.
-        cutlass_path: a CUTLASS installation, for kernels that borrow from it.
+        cutlass_path: accepted, and without effect: no kernel uses CUTLASS.
         build_dir: where compiled kernels are cached.
         kernels: ``"hopper"`` (Hopper's own where there is one, portable ones for the rest),
             ``"portable"``, or ``"auto"``: Hopper's own on Hopper, portable ones elsewhere.
 
-    A tile field at its default is chosen for you. Hopper's own kernels are persistent,
-    warp-specialised and use TMA, and their prefill can have tiles of 128 or 192 by 128,
-    ``num_warps`` a sixteenth of ``block_m``, 3 to 6 stages: with other fields ``"auto"`` is
-    portable, and ``"hopper"`` is refused when kernels are loaded. There 192 rows mean 128 with fp8
-    and come with 80 keys at a head_dim of 128, and ``num_stages`` is what fits. The portable
-    kernels' tiles are what they are above a head_dim of 128, and ``block_m`` with fp8, softcap or
-    bias.
+    A tile field at its default is chosen for you (so 64 rows cannot be asked for). Hopper's own
+    kernels are persistent, warp-specialised and use TMA, and their prefill can have tiles of 128 or
+    192 by 128, ``num_warps`` a sixteenth of ``block_m``, 3 to 6 stages: with other fields
+    ``"auto"`` is portable, and ``"hopper"`` is refused when kernels are loaded. There 192 rows mean
+    128 with fp8 and come with 80 keys at a head_dim of 128, and ``num_stages`` is what fits. The
+    portable kernels' tiles are what they are above a head_dim of 128, and ``block_m`` with fp8,
+    softcap or bias.
 
     Raises:
         ValueError: a field has a value that no kernel can have.

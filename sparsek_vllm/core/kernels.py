@@ -34,7 +34,6 @@ def variant(config: _config.Config) -> build.Variant:
         fast_math=config.use_fast_math,
         lineinfo=config.enable_profiling,
         debug=config.debug_mode,
-        cutlass_path=config.cutlass_path,
     )
     tiles = _tiles(config)
     own = _hopper_tiles(config) if wants_hopper(config) else None
@@ -136,18 +135,21 @@ def serving(device: torch.device, head_dim: int = 128) -> Serving:
         last = _last = dict(vars(config)), {}
     found = last[1].get((device, head_dim))
     if found is None:
-        path = path_for(device, head_dim)
+        path = path_for(device, head_dim, config)
         ops = torch.ops.sparsek if device.type == "cpu" else _load(config)
         found = last[1][device, head_dim] = Serving(path, ops, wants_hopper(config))
     return found
 
 
-def path_for(device: torch.device, head_dim: int = 128) -> str:
+def path_for(
+    device: torch.device, head_dim: int = 128, config: _config.Config | None = None
+) -> str:
     """Name of the implementation that serves tensors on ``device``.
 
     Args:
         device: where the tensors are.
         head_dim: theirs; Hopper's own kernels have not every one.
+        config: by default the one in force.
 
     Raises:
         ValueError: neither CPU nor CUDA.
@@ -157,7 +159,8 @@ def path_for(device: torch.device, head_dim: int = 128) -> str:
         return "reference"
     if device.type == "cuda":
         index = device.index if device.index is not None else -1
-        return path_for_capability(*_capability(index), _config.get_default_config(), head_dim)
+        config = config or _config.get_default_config()
+        return path_for_capability(*_capability(index), config, head_dim)
     raise ValueError(f"tensors must be on cpu or cuda, got {device}")
 
 
@@ -202,8 +205,9 @@ def path_for_capability(major: int, minor: int, config: _config.Config, head_dim
 _workspaces: dict[tuple[int, int], torch.Tensor] = {}
 
 
-# As in csrc/params.h, for each multiprocessor.
-WORKSPACE_COUNTERS, WORKSPACE_FLOATS = 16 + 4, 2 * 12 * 32 * (64 + 4) + 2 * 32 * (128 + 2)
+# As in csrc/params.h, for each multiprocessor; of the floats, the last are Hopper's decode's.
+DECODE_FLOATS = 2 * 32 * (128 + 2)
+WORKSPACE_COUNTERS, WORKSPACE_FLOATS = 16 + 4, 2 * 12 * 32 * (64 + 4) + DECODE_FLOATS
 
 
 def workspace_floats(multiprocessors: int) -> int:

@@ -115,7 +115,8 @@ def varlen_attention(
             batch, and whether its request's rows come at once or in several calls. On CUDA only.
             Long keys are then not split among multiprocessors, so decoding takes longer.
         min_seqlen_q: no query length is shorter. Where the caller knows that all are long, the
-            launch for short ones is saved.
+            launch for short ones is saved. On CUDA it is believed: shorter ones may then be left
+            unwritten (debug mode checks it).
         max_seqlen_q: longest query length. Not given, it is read from ``cu_seqlens_q``, which
             waits for the GPU.
         max_seqlen_k: largest of ``seq_lens``, likewise.
@@ -165,7 +166,14 @@ def varlen_attention(
                 f"max_k>={keys}], got {list(bias.shape)}"
             )
     paged = kv if isinstance(kv, PagedKV) else None
-    if debug_enabled() and paged is not None:
+    if min_seqlen_q > 0 and batch and (not q.is_cuda or _checks(q)):
+        shortest = int(cu_seqlens_q.diff().min())
+        if shortest < min_seqlen_q:
+            raise ValueError(
+                f"min_seqlen_q must be at most the shortest query length, {shortest}, "
+                f"got {min_seqlen_q}"
+            )
+    if paged is not None and _checks(q):
         _check_block_table(paged, cu_seqlens_q, q_offsets, left)
     served = kernels.serving(q.device, head_dim)
     arguments = (
@@ -301,7 +309,7 @@ def write_kv(
             f"slot_mapping must have at most one slot for each of the {key.shape[0]} rows of key, "
             f"got {slot_mapping.shape[0]}"
         )
-    if debug_enabled() and slot_mapping.numel():
+    if slot_mapping.numel() and _checks(key):
         slots = k_cache.shape[0] * k_cache.shape[1]
         if int(slot_mapping.max()) >= slots:
             raise ValueError(
@@ -361,6 +369,11 @@ def merge_states(
     served.ops.merge_states(out_a, lse_a, out_b, lse_b, out, lse)
     stats.record("merge_states", served.path, out_a.shape[0])
     return out, lse
+
+
+def _checks(tensor: torch.Tensor) -> bool:
+    """Whether to check what waits for the GPU: in debug mode, but not in a graph's capture."""
+    return debug_enabled() and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def check_scale(scale: float | None, head_dim: int) -> float:
@@ -530,7 +543,7 @@ def _check_scales(
         if sum(n > 1 for n in scale.shape) > 1:
             raise ValueError(f"{name} must have one dimension, got {list(scale.shape)}")
         _check(name, scale, None, (torch.float32,), device)
-        if debug_enabled() and not bool((scale > 0).all()):
+        if _checks(scale) and not bool((scale > 0).all()):
             raise ValueError(f"{name} must be positive, got {scale.min().item()}")
 
 

@@ -9,6 +9,8 @@ import dataclasses
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import dense_oracle
@@ -171,14 +173,16 @@ def test_graph_replays_with_new_lengths() -> None:
 
 
 def test_graph_replays_with_other_query_lengths() -> None:
-    """Two requests of 40 rows each became one of 1 and one of 79: both kernels are captured."""
+    """Two requests of 40 rows each become others, neither of them prefill's at last: both kernels
+    are captured.
+    """
     batch = Batch([(40, 300), (40, 500)], 2, 4, 128)
     graph, out = captured(batch, max_seqlen_q=80, max_seqlen_k=512)
-    for first in (40, 1, 79):
-        batch.cu_seqlens_q.copy_(torch.tensor([0, first, 80], dtype=torch.int32))
+    for first, end in ((40, 80), (1, 80), (79, 80), (1, 2)):
+        batch.cu_seqlens_q.copy_(torch.tensor([0, first, end], dtype=torch.int32))
         out.fill_(torch.nan)
         graph.replay()
-        for rows, k, v in zip((slice(0, first), slice(first, 80)), batch.k, batch.v, strict=True):
+        for rows, k, v in zip((slice(0, first), slice(first, end)), batch.k, batch.v, strict=True):
             expected, _ = dense_oracle.attention(batch.q[rows], k, v)
             torch.testing.assert_close(out[rows].double(), expected, rtol=3e-2, atol=3e-2)
 
@@ -187,25 +191,36 @@ def test_decodes_beside_prompts_in_a_graph() -> None:
     """Prefill begins before decode has ended: nothing else may, in front of them or behind."""
     batch = Batch([(600, 3000), *[(1, 4000)] * 60, (900, 900)], 8, 4, 128)
     longest = {"max_seqlen_q": 900, "max_seqlen_k": 4000}
-    q, out = torch.empty_like(batch.q), torch.empty_like(batch.q)
+    q, new = torch.empty_like(batch.q), torch.empty_like(batch.q[:, :8])
+    last = torch.tensor([n for _, n in batch.lengths]).cumsum(0) - 1
+    slots = batch.slots[last.to(batch.slots.device)]  # the last key of each request
     inputs = [torch.randn_like(batch.q) for _ in range(4)]
-    results = [torch.empty_like(batch.q) for _ in inputs]
-    expected = []
-    for x in inputs:
-        torch.cuda.synchronize()
-        expected.append(varlen_attention(x, batch.kv, batch.cu_seqlens_q, **longest))
+    results = [[torch.empty_like(batch.q) for _ in "ab"] for _ in inputs]
+
+    def steps(between: Callable[[], None]) -> None:
+        """New keys, attention, and attention by what that gave, each right behind the other."""
+        for x, (first, second) in zip(inputs, results, strict=True):
+            q.copy_(x)
+            new.copy_(x[:, ::4])
+            between()
+            write_kv(new[: len(slots)], new[-len(slots) :], batch.kv.k, batch.kv.v, slots)
+            between()
+            varlen_attention(q, batch.kv, batch.cu_seqlens_q, out=first, **longest)
+            between()
+            varlen_attention(first, batch.kv, batch.cu_seqlens_q, out=second, **longest)
+            between()
+
+    steps(torch.cuda.synchronize)
+    expected = [[result.clone() for result in both] for both in results]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for x, result in zip(inputs, results, strict=True):
-            q.copy_(x)
-            varlen_attention(q, batch.kv, batch.cu_seqlens_q, out=out, **longest)
-            result.copy_(out)
+        steps(lambda: None)
     for _ in range(20):
-        for result in (out, *results):
+        for result in (result for both in results for result in both):
             result.fill_(torch.nan)
         graph.replay()
-        for result, right in zip(results, expected, strict=True):
-            assert torch.equal(result, right)
+        for both, right in zip(results, expected, strict=True):
+            assert torch.equal(both[0], right[0]) and torch.equal(both[1], right[1])
 
 
 def test_graph_replays_with_other_pieces() -> None:
@@ -258,6 +273,18 @@ def test_streams_side_by_side() -> None:
     torch.cuda.synchronize()
     for i, (out, lse) in enumerate(results):
         assert torch.equal(out, expected[i % 2][0]) and torch.equal(lse, expected[i % 2][1])
+
+
+def test_threads_on_one_stream() -> None:
+    """The two launches of a call have nobody else's between them."""
+    batches = [Batch([(300, 3000), *[(1, 4000)] * 20], seed=seed) for seed in range(4)]
+    expected = [batch.run() for batch in batches]
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor() as pool:
+        runs = [(i, pool.submit(batches[i].run)) for _ in range(50) for i in range(4)]
+    for i, run in runs:
+        (out, lse), (right, right_lse) = run.result(), expected[i]
+        assert torch.equal(out, right) and torch.equal(lse, right_lse)
 
 
 def test_merge_of_two_halves() -> None:

@@ -7,8 +7,6 @@ the plain run, up to places where the plain run's two best tokens were near each
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +16,7 @@ from typing import Any
 import encoder
 import pytest
 import torch
-from engine import engine_environment
+from engine import result_of
 from target import PATH
 
 pytest.importorskip("vllm")
@@ -79,16 +77,8 @@ def run(
 ) -> Any:
     """Tokens, gaps to the second best and logprobs. Ops of ``also`` run beside the usual two."""
     settings = json.loads(json.dumps(settings).replace('"MODEL"', json.dumps(str(model))))
-    done = subprocess.run(
-        [sys.executable, "-c", RUN],
-        input=json.dumps([str(model), {**KV, **settings}, prompts, action]),
-        capture_output=True,
-        text=True,
-        env={**os.environ, **engine_environment(), **environment},
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
-    assert lines, done.stdout[-3000:] + done.stderr[-6000:]
-    result = json.loads(lines[0].removeprefix("RESULT"))
+    asked = json.dumps([str(model), {**KV, **settings}, prompts, action])
+    result = result_of([sys.executable, "-c", RUN], asked, **environment)
     if "backend" not in settings:
         ops = ("varlen_attention", "write_kv", *also)
         assert set(result["paths"]) == {f"{op}:{PATH}" for op in ops}

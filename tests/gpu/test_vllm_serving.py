@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from engine import client
 from target import PATH
 
 from sparsek_vllm.backends.vllm_compat import BACKEND_NAME
@@ -77,17 +78,11 @@ def prompts() -> list[str]:
     return short + long
 
 
-def client(server: Server) -> Any:
-    from openai import AsyncOpenAI
-
-    return AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300)
-
-
 def complete(server: Server, texts: list[Any], **options: Any) -> list[Any]:
     """The completions of all prompts, 32 at a time."""
 
     async def everything() -> list[Any]:
-        api, gate = client(server), asyncio.Semaphore(32)
+        api, gate = client(server, timeout=300), asyncio.Semaphore(32)
 
         async def one(text: Any) -> Any:
             async with gate:
