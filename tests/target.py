@@ -20,6 +20,13 @@ def path(head_dim: int) -> str:
     return "portable" if NAME == "cuda" and head_dim not in (64, 128) else PATH
 
 
+def counter(op: str, head_dim: int = 128) -> str:
+    """The name under which a call of an op is counted: only attention has Hopper's own kernels."""
+    of_attention = "attention" in op
+    own = path(head_dim)
+    return f"{op}:{own if of_attention or own != 'hopper' else 'portable'}"
+
+
 DEVICE = torch.device("cuda" if NAME == "cuda" else "cpu")
 # Whether the kernels are tested, which take less than the reference.
 KERNELS = NAME != "cpu"

@@ -71,8 +71,8 @@ def on_path(op: str, device: torch.device, head_dim: int = 128):
     """Exactly one path served ``op`` meanwhile, and it was the one for ``device``."""
     reset_path_counts()
     yield
-    paths = [key.split(":")[1] for key in path_counts() if key.startswith(f"{op}:")]
-    assert paths == [target.path(head_dim)]
+    counted = [key for key in path_counts() if key.startswith(f"{op}:")]
+    assert counted == [target.counter(op, head_dim)]
 
 
 # What a case is
