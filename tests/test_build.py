@@ -303,9 +303,12 @@ def test_key_changes_with_what_is_compiled(monkeypatch: Any) -> None:
 
 
 def test_a_build_that_fails_says_why(tmp_path: Path) -> None:
-    wrong = build.Variant(cutlass_path="/nowhere -DSPARSEK_NUM_STAGES=1 -I.")
+    class Wrong(build.Variant):
+        def flags(self) -> list[str]:
+            return ["-DSPARSEK_NUM_STAGES=1"]
+
     with pytest.raises(build.BuildError, match="static assertion failed"):
-        build.build(tmp_path, build.find_tools(), wrong, ["90"])
+        build.build(tmp_path, build.find_tools(), Wrong(), ["90"])
     assert not list(tmp_path.iterdir())
 
 

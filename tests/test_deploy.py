@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from dockerfile_parse import DockerfileParser
@@ -341,4 +342,8 @@ def test_ray_serves(tmp_path: Path, model: Path) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGINT)
         command(ray, "stop", "--force", env=environment)
+        for own in psutil.process_iter():  # the engine's processes outlive Ray's
+            with contextlib.suppress(psutil.Error):
+                if own.environ().get("PATH") == environment["PATH"]:
+                    own.kill()
         shutil.rmtree(temporary[1], ignore_errors=True)
