@@ -218,9 +218,8 @@ def free_port(port: int = 0) -> int:
         try:
             probe.bind(("127.0.0.1", port))
         except (OSError, OverflowError) as error:
+            problem = f"port {port} cannot be had ({error}): pass another --port"
             if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
-                problem = "is in use: stop what listens there or"
-            else:
-                problem = f"cannot be had ({error}):"
-            raise DemoError(f"port {port} {problem} pass another --port") from error
+                problem = f"port {port} is in use: stop what listens there or pass another --port"
+            raise DemoError(problem) from error
         return int(probe.getsockname()[1])

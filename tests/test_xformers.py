@@ -591,4 +591,5 @@ except ImportError as error:
     print(error)
 """
     out = run_python(code, packages_without(tmp_path, "xformers", "mslk"), isolated=True)
-    assert out == "sparsek_vllm.backends.xformers needs xFormers: pip install xformers\n"
+    install = "pip install 'xformers>=0.0.33.post2,<=0.0.35'"
+    assert out == f"sparsek_vllm.backends.xformers needs xFormers: {install}\n"
