@@ -74,6 +74,13 @@ OPTIONS = [
 ]
 
 
+def workspace_parts() -> tuple[torch.Tensor, int]:
+    """Where blocks leave their parts of results, and how many blocks there are."""
+    space = kernels.workspace(DEVICE)
+    blocks = space.numel() // (kernels.WORKSPACE_COUNTERS + kernels.WORKSPACE_FLOATS)
+    return space[-blocks * kernels.WORKSPACE_FLOATS :], blocks
+
+
 @FP8
 @pytest.mark.parametrize(("dtype", "head_dim"), KINDS)
 @pytest.mark.parametrize(
@@ -83,9 +90,7 @@ def test_few_queries_on_long_keys(
     options: dict, dtype: torch.dtype, head_dim: int, fp8: bool
 ) -> None:
     """Fewer tiles of queries than multiprocessors: several of those share a tile's keys."""
-    space = kernels.workspace(DEVICE)
-    blocks = space.numel() // (kernels.WORKSPACE_COUNTERS + kernels.WORKSPACE_FLOATS)
-    parts = space[-blocks * kernels.WORKSPACE_FLOATS :]
+    parts, _ = workspace_parts()
     if ON_GPU:
         batches = [[(700, 20_000)], [(300, 9000), (200, 200), (1, 7000)], [(2100, 30_000)]]
     else:
@@ -118,9 +123,7 @@ def test_parts_tell_who_had_a_share() -> None:
     """Decode and prefill, which run at once, leave their parts apart; beside a heavy prompt a third
     of decode's blocks has a share.
     """
-    space = kernels.workspace(DEVICE)
-    blocks = space.numel() // (kernels.WORKSPACE_COUNTERS + kernels.WORKSPACE_FLOATS)
-    parts = space[-blocks * kernels.WORKSPACE_FLOATS :]
+    parts, blocks = workspace_parts()
     keys = 20_000 if ON_GPU else 1200
 
     def used(lengths: list[tuple[int, int]], group: int, rows: int) -> tuple[bool, int]:
