@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -139,7 +140,12 @@ def instructions(path: Path) -> dict[str, Any]:
 
 
 class Root:
-    """A root file system that takes the instructions of a Dockerfile."""
+    """A root file system that takes the instructions of a Dockerfile.
+
+    What it needs of this machine is mounted read-only, and only in the mount namespace of the
+    process that needs it: whoever deletes the folder, even after a run that was killed, deletes
+    nothing else.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.user, self.workdir = folder, "0", "/"
@@ -162,26 +168,17 @@ class Root:
                 settings[name] = f"/pip-{name}"
             for path in re.findall(r"(?:file://)?(/\S+)", value):
                 if Path(path).is_dir():  # an index leads to wheels beside it
-                    self.mount(Path(*Path(path).parts[:3]))
+                    self.mounts.append(Path(*Path(path).parts[:3]))
         self.pip = {f"PIP_{k.upper().replace('-', '_')}": v for k, v in settings.items()}
-        for name in ("/proc", "/dev", "/sys"):
-            self.mount(Path(name))
-
-    def mount(self, path: Path) -> None:
-        target = Path(f"{self.folder}{path}")
-        if target not in self.mounts:
-            target.mkdir(parents=True, exist_ok=True)
-            command("mount", "--rbind", path, target)
-            self.mounts.append(target)
-
-    def close(self) -> None:
-        for target in reversed(self.mounts):
-            subprocess.run(["umount", "--recursive", "--lazy", str(target)], check=False)
-        assert str(self.folder) not in Path("/proc/mounts").read_text()
+        self.mounts += [Path("/proc"), Path("/dev"), Path("/sys")]
+        for path in self.mounts:
+            Path(f"{self.folder}{path}").mkdir(parents=True, exist_ok=True)
 
     def arguments(self, inside: list[str]) -> list[str]:
-        user = f"{self.user}:{self.user}"
-        change = ["chroot", f"--userspec={user}", str(self.folder)]
+        user, folder = f"{self.user}:{self.user}", shlex.quote(str(self.folder))
+        steps = [f"mount -o rbind,ro {path} {folder}{path}" for path in dict.fromkeys(self.mounts)]
+        steps.append(f'exec chroot --userspec={user} {folder} "$0" "$@"')
+        change = ["unshare", "--mount", "--propagation", "private", "sh", "-c", " && ".join(steps)]
         return [*change, "sh", "-c", 'cd "$0" && exec "$@"', self.workdir, *inside]
 
     def env(self, **more: str) -> dict[str, str]:
@@ -239,7 +236,7 @@ def cpu_image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Root]:
         root.follow(dockerfile)
         yield root
     finally:
-        root.close()
+        assert str(folder) not in Path("/proc/mounts").read_text()
         shutil.rmtree(folder, ignore_errors=True)
 
 
