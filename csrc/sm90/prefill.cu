@@ -8,8 +8,8 @@
 // of kBlockN, the last first: that is where masks are. The loading warps (one for keys, one for
 // values, one or two for queries) run ahead into the next tile.
 //
-// Where there are few tiles, several blocks share one: each has a piece of its keys. The last of
-// them to be done adds their results up.
+// Where there are few tiles, or few left in the last round, several blocks share one: each has a
+// piece of its keys. The last of them to be done adds their results up.
 //
 // Keys and values of fp8 land in the second half of their place, and one more warpgroup writes them
 // all over it as fp16. bf16 queries become fp16 too, each row scaled to its range.
@@ -95,8 +95,14 @@ struct Tile {
     int before, count;  // key tiles that none of them sees, then those that any of them sees
   } own[kGroups];
   // Of all keys that the rows see, those above are one of so many pieces; `number` counts tiles
-  // whatever their piece is, and `first_part` the places for results before it.
+  // that may be split, and `first_part` the places for results before it.
   int piece, pieces, number, first_part;
+};
+
+struct Split {
+  int whole;   // tiles that no one splits, the first
+  int pieces;  // of each other, if it has as many keys
+  float cost;  // of the launch, in the time that a tile of keys takes
 };
 
 template <typename S>
@@ -109,7 +115,7 @@ struct Shared {
   uint64_t k_landed[S::kStages], v_landed[S::kStages];  // fp8
   Tile<S::kGroups> tiles[2];                            // whose rows are in q
   Tile<S::kGroups> found;                               // the next one
-  int pieces;                                           // of each tile, if it has as many keys
+  Split split;
   // Of a KV head, up to and with the requests that a thread has counted.
   int tiles_up_to[S::kThreads];
   int warp_sums[S::kThreads / 32];
@@ -145,25 +151,25 @@ __device__ int requests_a_thread(const AttentionParams& p) {
   return (p.batch + kThreads - 1) / kThreads;
 }
 
-struct Split {
-  int pieces;
-  float cost;  // of the launch, in the time that a tile of keys takes
-};
-
-// In how many pieces the keys of so many tiles are best split.
+// How the keys of so many tiles are best split. Those of full rounds, where each block has one,
+// stay whole.
 __host__ __device__ inline Split best_split(const PrefillParams& d, int tiles) {
   const int blocks = d.attention.multiprocessors;
+  const int rounds = tiles / blocks, rest = tiles - rounds * blocks;
   const auto cost = [&](int pieces) {
     const float each = static_cast<float>((d.keys + pieces - 1) / pieces) / 128;
-    return static_cast<float>((pieces * tiles + blocks - 1) / blocks) * (kTileOverhead + each);
+    return static_cast<float>((pieces * rest + blocks - 1) / blocks) * (kTileOverhead + each);
   };
-  Split best{1, cost(1)};
-  if (d.attention.batch_invariant || tiles == 0 || tiles > blocks) return best;
+  const float before =
+      static_cast<float>(rounds) * (kTileOverhead + static_cast<float>(d.keys) / 128);
+  Split best{rounds * blocks, 1, cost(1)};
   // The workspace has room for two parts a block.
-  for (int n = 2; n * tiles <= 2 * blocks && n * kLeastPiece <= d.keys; ++n) {
+  const int most = d.attention.batch_invariant || rest == 0 ? 1 : 2 * blocks / rest;
+  for (int n = 2; n <= most && n * kLeastPiece <= d.keys; ++n) {
     const float own = cost(n) + kJoinCost + n * kPieceCost;
-    if (own < best.cost) best = {n, own};
+    if (own < best.cost) best = {rounds * blocks, n, own};
   }
+  best.cost += before;
   return best;
 }
 
@@ -188,8 +194,15 @@ __device__ bool find_tile(const PrefillParams& d, const Shared<S>& shared, int i
   const int* up_to = shared.tiles_up_to;
   const int total = up_to[S::kThreads - 1];
   found.request.index = kEnd;
-  found.piece = id % shared.pieces;
-  id /= shared.pieces;
+  const int behind = id - shared.split.whole;  // the first of those that may be split
+  found.piece = found.number = 0;
+  int most = 1;
+  if (behind >= 0) {
+    most = shared.split.pieces;
+    found.number = behind / most;
+    found.piece = behind - found.number * most;
+    id = shared.split.whole + found.number;
+  }
   if (id >= total * p.kv_heads) return true;
   // Late tiles first: under a causal mask they are the heaviest, and the light ones at the end even
   // out.
@@ -220,9 +233,8 @@ __device__ bool find_tile(const PrefillParams& d, const Shared<S>& shared, int i
     if ((found.usable.begin - found.key0) % d.box_keys == 0) found.usable.begin = INT_MIN;
     if ((found.usable.end - found.key0) % d.box_keys == 0) found.usable.end = INT_MAX;
   }
-  found.number = tile * p.kv_heads + found.kv_head;
-  found.first_part = found.number * shared.pieces;
-  found.pieces = max(1, min(shared.pieces, found.key_tiles / S::kLeastTiles));
+  found.first_part = found.number * most;
+  found.pieces = max(1, min(most, found.key_tiles / S::kLeastTiles));
   if (found.piece >= found.pieces) return false;
   if (found.pieces > 1) {
     const int before = found.piece * found.key_tiles / found.pieces;
@@ -411,8 +423,7 @@ __device__ void load_queries(const PrefillParams& d, Shared<S>& shared, int thre
   const auto next_id = [&] { return d.own_tiles + atomicAdd(p.tile_counters, 1); };
   int id = blockIdx.x;
   if (thread == 0 && d.own_tiles == 0) id = next_id();
-  if (thread == 0)
-    shared.pieces = best_split(d, shared.tiles_up_to[S::kThreads - 1] * p.kv_heads).pieces;
+  if (thread == 0) shared.split = best_split(d, shared.tiles_up_to[S::kThreads - 1] * p.kv_heads);
   for (Place<2> tiles;; tiles.advance()) {
     Tile<S::kGroups>& tile = shared.tiles[tiles.index];
     if (thread < 32) {
