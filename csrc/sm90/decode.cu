@@ -38,6 +38,8 @@ struct Shape {
   static constexpr int kRowBytes = sizeof(KV) * kHeadDim;       // of a key
   static constexpr int kUnitBytes = 2 * kRowBytes * kUnitKeys;  // and values
   static constexpr int kStages = kRingBytes / kUnitBytes;
+  // A group that is ahead would take the stage of another for its own, one round later.
+  static_assert(kWide || kStages % kGroups == 0);
 };
 // Rows of sums that warps leave each other: four floats more keep them in different banks.
 template <int kHeadDim>
@@ -272,13 +274,15 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
         if (kGeneral || key < common.begin || key + S::kGroupKeys > common.end) {
           const Request own_request(p, segment.request);  // again: registers are short
+          int own_lane = lane;
+          recompute(own_lane);
 #pragma unroll
           for (int t = 0; t < kCount; ++t) {
 #pragma unroll
             for (int i = 0; i < kScores; ++i) {
               float& score = scores[t][i / 4][i % 4];
-              const int row = group_row + 8 * t + 2 * (lane % 4) + i % 2;
-              const int own = key + lane / 4 + i / 2 * 8;
+              const int row = group_row + 8 * t + 2 * (own_lane % 4) + i % 2;
+              const int own = key + own_lane / 4 + i / 2 * 8;
               const int query = query_of(row);
               const KeyRange visible = own_request.keys(p, query);
               const bool sees = own >= visible.begin && own < visible.end;
@@ -491,7 +495,7 @@ template <typename T, typename KV, int kHeadDim, int kTiles, bool kGeneral, bool
 cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
   using S = Shape<KV, kHeadDim, kTiles, kWide>;
   using Memory = Shared<S, kHeadDim>;
-  static_assert(sizeof(Memory) <= kSharedBytes && S::kRows <= kMostDecodeRows);
+  static_assert(sizeof(Memory) <= kSharedBytes && S::kRows <= most_decode_rows(kHeadDim));
   static_assert(most_part_floats(S::kRows, kHeadDim) <= kDecodeFloats);
   // All blocks can hold a part of the same rows, whose weights and sums go to shared memory.
   if (scratch_floats(S::kRows, p.multiprocessors) > Memory::kMeetingFloats)
@@ -525,9 +529,13 @@ template <typename T, typename KV, int kHeadDim>
 cudaError_t decode(const AttentionParams& p, cudaStream_t stream) {
   // Softcap and bias take the registers that a second tile would need.
   if (p.softcap > 0 || p.bias) return launch<T, KV, kHeadDim, 1, true, false>(p, stream);
-  if (p.most_rows > 16) return launch<T, KV, kHeadDim, 2, false, true>(p, stream);
-  return p.most_rows > 8 ? launch<T, KV, kHeadDim, 2, false, false>(p, stream)
-                         : launch<T, KV, kHeadDim, 1, false, false>(p, stream);
+  if (p.most_rows <= 8) return launch<T, KV, kHeadDim, 1, false, false>(p, stream);
+  if constexpr (kHeadDim > 128) {
+    return launch<T, KV, kHeadDim, 1, false, true>(p, stream);
+  } else {
+    return p.most_rows > 16 ? launch<T, KV, kHeadDim, 2, false, true>(p, stream)
+                            : launch<T, KV, kHeadDim, 2, false, false>(p, stream);
+  }
 }
 
 template cudaError_t decode<SPARSEK_DTYPE, SPARSEK_KV, SPARSEK_HEAD_DIM>(const AttentionParams&,
