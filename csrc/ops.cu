@@ -185,47 +185,42 @@ void for_types_and_size(ScalarType type, bool fp8, int64_t head_dim, F f) {
   }
 }
 
-// What Hopper's prefill kernel is for.
-bool is_plain(const AttentionParams& p) { return p.softcap <= 0 && !p.bias; }
-
 struct LaunchAttention {
   const AttentionParams& p;
-  bool with_prefill, with_decode, hopper;  // the last: Hopper's own kernels
+  bool with_prefill, with_decode;
+  bool hopper, hopper_prefill;  // Hopper's own kernels; its prefill too
   cudaStream_t stream;
 
   template <typename T, typename KV, int kHeadDim>
   void operator()() const {
 #ifdef SPARSEK_SM90
-    if constexpr (sm90::has_head_dim(kHeadDim))
-      if (hopper) {
-        const bool plain = is_plain(p);
-        // In this order prefill takes the multiprocessors that decode leaves.
-        if (with_decode) check(sm90::decode<T, KV, kHeadDim>(p, stream));
-        if (with_prefill && plain) check(sm90::prefill<T, KV, kHeadDim>(p, stream));
-        if (with_prefill && !plain) check(portable::prefill<T, KV, kHeadDim>(p, stream));
-        return;
-      }
+    if constexpr (sm90::has_head_dim(kHeadDim)) {
+      // In this order prefill takes the multiprocessors that decode leaves.
+      if (hopper && with_decode) check(sm90::decode<T, KV, kHeadDim>(p, stream));
+      if constexpr (sm90::has_prefill(kHeadDim, sizeof(KV) == 1))
+        if (hopper_prefill && with_prefill) check(sm90::prefill<T, KV, kHeadDim>(p, stream));
+    }
 #endif
-    if (with_prefill) check(portable::prefill<T, KV, kHeadDim>(p, stream));
-    if (with_decode) check(portable::decode<T, KV, kHeadDim>(p, stream));
+    if (with_prefill && !hopper_prefill) check(portable::prefill<T, KV, kHeadDim>(p, stream));
+    if (with_decode && !hopper) check(portable::decode<T, KV, kHeadDim>(p, stream));
   }
 };
 
 // Which requests are decode's. It splits long keys, which the portable prefill does not; on Hopper
-// it reads them once for every kMostDecodeRows rows, and prefill once for many more.
-void share_out_requests(AttentionParams& p, bool hopper, int64_t most_rows) {
+// it reads them once for every most_decode_rows() rows, and prefill once for many more.
+void share_out_requests(AttentionParams& p, bool hopper_prefill, int head_dim, int64_t most_rows) {
   p.long_keys = 32 * 1024;
   if (p.batch_invariant) {
     p.decode_rows = p.long_decode_rows = 0;
   } else if (p.max_seqlen_k < 1024) {
     p.decode_rows = p.long_decode_rows = portable::kDecodeRows;
-  } else if (!hopper || !is_plain(p)) {
+  } else if (!hopper_prefill) {
     // A few tiles of rows re-read keys from L2 at little cost.
     p.decode_rows = p.long_decode_rows = 4 * portable::kDecodeRows;
   } else {
 #ifdef SPARSEK_SM90
-    constexpr int kRows = sm90::kMostDecodeRows;
-    const int64_t tiles = (most_rows + kRows - 1) / kRows * p.batch * p.kv_heads;
+    const int unit_rows = sm90::most_decode_rows(head_dim);
+    const int64_t tiles = (most_rows + unit_rows - 1) / unit_rows * p.batch * p.kv_heads;
     // Decode also takes more rows where there are few of these tiles, though it reads keys for
     // each: adding up what prefill splits takes as long as some thousand keys. (Where there are
     // very many keys, that is little.)
@@ -235,8 +230,8 @@ void share_out_requests(AttentionParams& p, bool hopper, int64_t most_rows) {
     // And it takes requests that the others would wait for, where prefill has no blocks to split
     // them for.
     const bool splits = int64_t{2} * p.batch * p.kv_heads <= p.multiprocessors;
-    p.decode_rows = few ? std::numeric_limits<int>::max() : kRows;
-    p.long_decode_rows = few ? p.decode_rows : splits ? kRows : 2 * kRows;
+    p.decode_rows = few ? std::numeric_limits<int>::max() : unit_rows;
+    p.long_decode_rows = few ? p.decode_rows : splits ? unit_rows : 2 * unit_rows;
 #endif
   }
   p.most_rows = std::min<int64_t>(most_rows, p.long_decode_rows);
@@ -256,15 +251,16 @@ void run_attention(AttentionParams& p, const Tensor& q, bool fp8, const Optional
 #ifdef SPARSEK_SM90
   hopper = hopper && device.is_hopper() && sm90::has_head_dim(static_cast<int>(head_dim)) &&
            sm90::has_tensor_map(p.k, p.kv_heads) && sm90::has_tensor_map(p.v, p.kv_heads);
+  const bool hopper_prefill =
+      hopper && p.softcap <= 0 && !p.bias && sm90::has_prefill(static_cast<int>(head_dim), fp8);
 #else
-  hopper = false;
+  const bool hopper_prefill = hopper = false;
 #endif
-  share_out_requests(p, hopper, most_rows);
+  share_out_requests(p, hopper_prefill, static_cast<int>(head_dim), most_rows);
   const bool with_prefill = most_rows > p.decode_rows;
   const bool with_decode = !p.batch_invariant && min_seqlen_q * p.group <= p.long_decode_rows;
 
-  if (hopper && with_prefill && with_decode && is_plain(p))
-    p.keys_a_pair = kKeysAPair * (fp8 ? 2 : 1);
+  if (hopper_prefill && with_prefill && with_decode) p.keys_a_pair = kKeysAPair * (fp8 ? 2 : 1);
 
   const int64_t arrivals = int64_t{p.multiprocessors} * (kWorkspaceCounters + kDecodeCounters);
   const int64_t floats =
@@ -277,8 +273,9 @@ void run_attention(AttentionParams& p, const Tensor& q, bool fp8, const Optional
   // Prefill waits for no kernel but the decode of its own call: no other thread's may come between.
   static std::mutex launching;
   const std::lock_guard<std::mutex> lock(launching);
-  for_types_and_size(q.scalar_type(), fp8, head_dim,
-                     LaunchAttention{p, with_prefill, with_decode, hopper, device.stream()});
+  for_types_and_size(
+      q.scalar_type(), fp8, head_dim,
+      LaunchAttention{p, with_prefill, with_decode, hopper, hopper_prefill, device.stream()});
 }
 
 void varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,

@@ -10,6 +10,8 @@ import os
 
 import torch
 
+from sparsek_vllm import build
+
 NAME = os.environ.get("SPARSEK_TEST_DEVICE", "cpu")
 _ON_CUDA = "portable" if os.environ.get("BSK_KERNELS") == "portable" else "hopper"
 PATH = {"cpu": "reference", "cuda": _ON_CUDA, "emulated": "emulated"}[NAME]
@@ -17,7 +19,7 @@ PATH = {"cpu": "reference", "cuda": _ON_CUDA, "emulated": "emulated"}[NAME]
 
 def path(head_dim: int) -> str:
     """Of attention over heads of that size."""
-    return "portable" if NAME == "cuda" and head_dim not in (64, 128) else PATH
+    return "portable" if NAME == "cuda" and head_dim not in build.HOPPER_HEAD_DIMS else PATH
 
 
 def counter(op: str, head_dim: int = 128) -> str:

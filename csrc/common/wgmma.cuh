@@ -64,12 +64,22 @@ __device__ inline void take_registers() {
   SPARSEK_LIST_40                                                            \
   ", %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, " \
   "%54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define SPARSEK_LIST_128                                                                 \
+  SPARSEK_LIST_64                                                                        \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77"               \
+  ", %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91"               \
+  ", %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105"         \
+  ", %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119" \
+  ", %120, %121, %122, %123, %124, %125, %126, %127"
 #define SPARSEK_SUMS_8(i)                                                                     \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
 #define SPARSEK_SUMS_32 SPARSEK_SUMS_8(0), SPARSEK_SUMS_8(8), SPARSEK_SUMS_8(16), SPARSEK_SUMS_8(24)
 #define SPARSEK_SUMS_40 SPARSEK_SUMS_32, SPARSEK_SUMS_8(32)
 #define SPARSEK_SUMS_64 SPARSEK_SUMS_40, SPARSEK_SUMS_8(40), SPARSEK_SUMS_8(48), SPARSEK_SUMS_8(56)
+#define SPARSEK_SUMS_128                                                                           \
+  SPARSEK_SUMS_64, SPARSEK_SUMS_8(64), SPARSEK_SUMS_8(72), SPARSEK_SUMS_8(80), SPARSEK_SUMS_8(88), \
+      SPARSEK_SUMS_8(96), SPARSEK_SUMS_8(104), SPARSEK_SUMS_8(112), SPARSEK_SUMS_8(120)
 
 #define SPARSEK_SCORES(N, TYPE, COUNT, A, B, ACCUMULATE)                                 \
   asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, " ACCUMULATE          \
@@ -100,6 +110,13 @@ __device__ inline void wgmma_scores(float (&d)[40], uint64_t a, uint64_t b, int 
                : SPARSEK_SUMS_##COUNT                                          \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
 // d += a * b: a is 64x16, in the layout of d rounded to T in pairs; b 16xN in shared memory.
+template <typename T>
+__device__ inline void wgmma_values(float (&d)[128], const uint32_t (&a)[4], uint64_t b) {
+  if constexpr (std::is_same_v<T, __half>)
+    SPARSEK_VALUES(256, "f16", 128, "%128, %129, %130, %131", "%132");
+  else
+    SPARSEK_VALUES(256, "bf16", 128, "%128, %129, %130, %131", "%132");
+}
 template <typename T>
 __device__ inline void wgmma_values(float (&d)[64], const uint32_t (&a)[4], uint64_t b) {
   if constexpr (std::is_same_v<T, __half>)

@@ -20,16 +20,20 @@
 namespace sparsek::sm90 {
 namespace {
 
-constexpr int kGroups = 2, kWarpsOfGroup = 4, kWarps = kGroups * kWarpsOfGroup;
+constexpr int kWarps = 8;      // that compute
 constexpr int kProducers = 2;  // warps: small boxes take one too long
 constexpr int kConsumers = 32 * kWarps, kThreads = kConsumers + 32 * kProducers;
 constexpr int kRingBytes = 128 * 1024;
 constexpr int kConsumerBarrier = 1;
+constexpr int kMeetingWarps = 4;  // that leave each other sums at a time
 
 // kWide: where one group's rows are too few the groups take other rows of the same units, in place
 // of other units of the same rows.
 template <typename KV, int kHeadDim, int kTiles, bool kWide>
 struct Shape {
+  // More groups where units are large: a group that computes has one, and the others are on their
+  // way.
+  static constexpr int kGroups = kHeadDim > 128 && !kWide ? 4 : 2, kWarpsOfGroup = kWarps / kGroups;
   static constexpr int kRowsOfGroup = 8 * kTiles, kRows = kRowsOfGroup * (kWide ? kGroups : 1);
   static constexpr bool kFp8 = sizeof(KV) == 1;
   // Of 16 keys, of a warp in a unit: as many as there are registers for.
@@ -38,6 +42,8 @@ struct Shape {
   static constexpr int kRowBytes = sizeof(KV) * kHeadDim;       // of a key
   static constexpr int kUnitBytes = 2 * kRowBytes * kUnitKeys;  // and values
   static constexpr int kStages = kRingBytes / kUnitBytes;
+  // A group that is ahead would take the stage of another for its own, one round later.
+  static_assert(kWide || kStages % kGroups == 0);
 };
 // Rows of sums that warps leave each other: four floats more keep them in different banks.
 template <int kHeadDim>
@@ -48,7 +54,7 @@ using OwnShare = Share<kThreads, S::kRows, S::kUnitKeys, S::kUnitKeys, true>;
 template <typename S, int kHeadDim>
 struct Shared {
   static constexpr int kRows = S::kRows;
-  static constexpr int kMeetingFloats = kWarpsOfGroup * kRows * kPitch<kHeadDim>;
+  static constexpr int kMeetingFloats = kMeetingWarps * kRows * kPitch<kHeadDim>;
 
   char ring[kRingBytes];
   float meeting[kMeetingFloats];  // warps' sums
@@ -148,6 +154,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr int kSteps = kHeadDim / 16, kRows = S::kRows;  // steps of 16 dimensions
   constexpr int kStepsALoad = S::kFp8 ? 2 : 1, kLoads = kSteps / kStepsALoad;
   constexpr int kScores = 4 * S::kKeyTiles;  // of a row tile: four a key tile
+  constexpr int kGroups = S::kGroups, kWarpsOfGroup = S::kWarpsOfGroup;
   extern __shared__ __align__(1024) char dynamic[];
   auto& shared = *reinterpret_cast<Shared<S, kHeadDim>*>(dynamic);
 
@@ -158,7 +165,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (!d.joined) prefetch_tensor_map(&d.v);
     for (int i = 0; i < S::kStages; ++i) {
       mbarrier_init(&shared.full[i], 1);
-      mbarrier_init(&shared.empty[i], kWarpArrivals * (kWide ? kWarps : kWarpsOfGroup));
+      mbarrier_init(&shared.empty[i], kWarpArrivals * (kWide ? kWarps : S::kWarpsOfGroup));
     }
     mbarrier_fence_init();
   }
@@ -272,13 +279,15 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
         if (kGeneral || key < common.begin || key + S::kGroupKeys > common.end) {
           const Request own_request(p, segment.request);  // again: registers are short
+          int own_lane = lane;
+          recompute(own_lane);
 #pragma unroll
           for (int t = 0; t < kCount; ++t) {
 #pragma unroll
             for (int i = 0; i < kScores; ++i) {
               float& score = scores[t][i / 4][i % 4];
-              const int row = group_row + 8 * t + 2 * (lane % 4) + i % 2;
-              const int own = key + lane / 4 + i / 2 * 8;
+              const int row = group_row + 8 * t + 2 * (own_lane % 4) + i % 2;
+              const int own = key + own_lane / 4 + i / 2 * 8;
               const int query = query_of(row);
               const KeyRange visible = own_request.keys(p, query);
               const bool sees = own >= visible.begin && own < visible.end;
@@ -426,7 +435,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (w < warps_of_row) peak = fmaxf(peak, shared.row_maxima[first_warp(row) + w][row]);
       return peak;
     };
-    float* own_sums = shared.meeting + warp_of_group * kRows * kPitch<kHeadDim>;
+    float* own_sums = shared.meeting + warp % kMeetingWarps * kRows * kPitch<kHeadDim>;
     const auto exchange = [&](bool adds) {
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) {
@@ -450,8 +459,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     };
 #pragma unroll
-    for (int g = kGroups - 1; g >= 0; --g) {
-      if (wide ? g == 0 : group == g) exchange(!wide && g < kGroups - 1);
+    for (int turn = kWarps / kMeetingWarps - 1; turn >= 0; --turn) {
+      if (wide ? turn == 0 : warp / kMeetingWarps == turn)
+        exchange(!wide && turn < kWarps / kMeetingWarps - 1);
       barrier_sync<kConsumers>(kConsumerBarrier);
     }
     constexpr int kPasses = (kRows * kHeadDim + 4 * kConsumers - 1) / (4 * kConsumers);
@@ -470,7 +480,7 @@ __global__ void __launch_bounds__(kThreads, 1)
               finish.weight(shared.row_maxima[own][row], peaks[pass]) * shared.row_sums[own][row];
       }
 #pragma unroll
-      for (int w = 0; w < kWarpsOfGroup; ++w) {
+      for (int w = 0; w < kMeetingWarps; ++w) {
         finish.add(values[pass], 1.0f,
                    *reinterpret_cast<const float4*>(shared.meeting +
                                                     (w * kRows + row) * kPitch<kHeadDim> + column));
@@ -491,7 +501,7 @@ template <typename T, typename KV, int kHeadDim, int kTiles, bool kGeneral, bool
 cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
   using S = Shape<KV, kHeadDim, kTiles, kWide>;
   using Memory = Shared<S, kHeadDim>;
-  static_assert(sizeof(Memory) <= kSharedBytes && S::kRows <= kMostDecodeRows);
+  static_assert(sizeof(Memory) <= kSharedBytes && S::kRows <= most_decode_rows(kHeadDim));
   static_assert(most_part_floats(S::kRows, kHeadDim) <= kDecodeFloats);
   // All blocks can hold a part of the same rows, whose weights and sums go to shared memory.
   if (scratch_floats(S::kRows, p.multiprocessors) > Memory::kMeetingFloats)
@@ -525,9 +535,13 @@ template <typename T, typename KV, int kHeadDim>
 cudaError_t decode(const AttentionParams& p, cudaStream_t stream) {
   // Softcap and bias take the registers that a second tile would need.
   if (p.softcap > 0 || p.bias) return launch<T, KV, kHeadDim, 1, true, false>(p, stream);
-  if (p.most_rows > 16) return launch<T, KV, kHeadDim, 2, false, true>(p, stream);
-  return p.most_rows > 8 ? launch<T, KV, kHeadDim, 2, false, false>(p, stream)
-                         : launch<T, KV, kHeadDim, 1, false, false>(p, stream);
+  if (p.most_rows <= 8) return launch<T, KV, kHeadDim, 1, false, false>(p, stream);
+  if constexpr (kHeadDim > 128) {
+    return launch<T, KV, kHeadDim, 1, false, true>(p, stream);
+  } else {
+    return p.most_rows > 16 ? launch<T, KV, kHeadDim, 2, false, true>(p, stream)
+                            : launch<T, KV, kHeadDim, 2, false, false>(p, stream);
+  }
 }
 
 template cudaError_t decode<SPARSEK_DTYPE, SPARSEK_KV, SPARSEK_HEAD_DIM>(const AttentionParams&,

@@ -8,8 +8,8 @@
 // of kBlockN, the last first: that is where masks are. The loading warps (one for keys, one for
 // values, one or two for queries) run ahead into the next tile.
 //
-// Where there are few tiles, several blocks share one: each has a piece of its keys. The last of
-// them to be done adds their results up.
+// Where there are few tiles, or few left in the last round, several blocks share one: each has a
+// piece of its keys. The last of them to be done adds their results up.
 //
 // Keys and values of fp8 land in the second half of their place, and one more warpgroup writes them
 // all over it as fp16. bf16 queries become fp16 too, each row scaled to its range.
@@ -41,8 +41,11 @@ constexpr int kLeastPiece = 1024;  // keys
 
 // Keys of a tile, a multiple of 16: as many as there are registers for.
 constexpr int block_n(int head_dim, int groups) {
-  return head_dim == 128 && groups == 3 ? 80 : 128;
+  return head_dim > 128 || (head_dim == 128 && groups == 3) ? 80 : 128;
 }
+// How many warpgroups a block can have that compute. Those that widen fp8 take a third one's
+// registers, and so do sums of longer rows.
+constexpr int most_groups(int head_dim, bool fp8) { return head_dim > 128 || fp8 ? 2 : 3; }
 // What a tile takes beside its warpgroups, where each of them takes 1.
 // (With fp8 as with a head_dim of 64: it has not been fitted.)
 constexpr float tile_cost(int head_dim, bool fp8) { return head_dim == 64 || fp8 ? 3 : 0.5f; }
@@ -61,9 +64,12 @@ struct Shape {
   static constexpr int kRowBytes = sizeof(KV) * kHeadDim, kArrivingBytes = kRowBytes * kBlockN;
   static constexpr int kArrivingChunks = kFp8 ? 1 : kChunks;
   static constexpr int kTileBytes = 2 * kHeadDim * kBlockN;
-  // Tiles in flight: beside them are two of queries, and 4 KB for the rest.
+  // Places for queries. If there is one, those of a tile arrive when all of the one before have
+  // been used.
+  static constexpr int kQueryPlaces = kHeadDim > 128 ? 1 : 2;
+  // Tiles in flight: beside them are those of queries, and 3 KB for the rest.
   static constexpr int kStagesThatFit =
-      (kSharedBytes - 4096 - 4 * kHeadDim * kBlockM) / (2 * kTileBytes);
+      (kSharedBytes - 3072 - kQueryPlaces * 2 * kHeadDim * kBlockM) / (2 * kTileBytes);
   static constexpr int kStagesAsked = SPARSEK_HOPPER_STAGES ? SPARSEK_HOPPER_STAGES
                                                             : (kHeadDim == 64  ? 4
                                                                : kBlockN < 128 ? 3
@@ -95,21 +101,27 @@ struct Tile {
     int before, count;  // key tiles that none of them sees, then those that any of them sees
   } own[kGroups];
   // Of all keys that the rows see, those above are one of so many pieces; `number` counts tiles
-  // whatever their piece is, and `first_part` the places for results before it.
+  // that may be split, and `first_part` the places for results before it.
   int piece, pieces, number, first_part;
+};
+
+struct Split {
+  int whole;   // tiles that no one splits, the first
+  int pieces;  // of each other, if it has as many keys
+  float cost;  // of the launch, in the time that a tile of keys takes
 };
 
 template <typename S>
 struct Shared {
-  char q[2][S::kChunks * kChunkBytes * S::kBlockM];
+  char q[S::kQueryPlaces][S::kChunks * kChunkBytes * S::kBlockM];
   char k[S::kStages][S::kTileBytes], v[S::kStages][S::kTileBytes];
   uint64_t tile_full[2], q_full[2], q_empty[2];
   uint64_t k_full[S::kStages], k_empty[S::kStages], v_full[S::kStages], v_empty[S::kStages];
   uint64_t landed;                                      // values that are not ready for use
   uint64_t k_landed[S::kStages], v_landed[S::kStages];  // fp8
-  Tile<S::kGroups> tiles[2];                            // whose rows are in q
+  Tile<S::kGroups> tiles[2];                            // whose rows are in q, or will be
   Tile<S::kGroups> found;                               // the next one
-  int pieces;                                           // of each tile, if it has as many keys
+  Split split;
   // Of a KV head, up to and with the requests that a thread has counted.
   int tiles_up_to[S::kThreads];
   int warp_sums[S::kThreads / 32];
@@ -122,6 +134,7 @@ struct PrefillParams {
   bool query_boxes;   // a tile of queries is a box of `q`
   int section_heads;  // KV heads whose tiles go together
   int keys;           // that 64 rows need, by the longest request
+  int most_parts;     // of split tiles, that the workspace has room for
   int own_tiles;      // one a block, its first; none if blocks begin at different times
 };
 
@@ -145,25 +158,30 @@ __device__ int requests_a_thread(const AttentionParams& p) {
   return (p.batch + kThreads - 1) / kThreads;
 }
 
-struct Split {
-  int pieces;
-  float cost;  // of the launch, in the time that a tile of keys takes
-};
+// What the warps of a block leave of a piece: of each thread its sums, two maxima and two sums of
+// weights.
+__host__ __device__ constexpr int part_floats(int warps, int head_dim) {
+  return warps * 32 * (head_dim / 2 + 4);
+}
 
-// In how many pieces the keys of so many tiles are best split.
+// How the keys of so many tiles are best split. Those of full rounds, where each block has one,
+// stay whole.
 __host__ __device__ inline Split best_split(const PrefillParams& d, int tiles) {
   const int blocks = d.attention.multiprocessors;
+  const int rounds = tiles / blocks, rest = tiles - rounds * blocks;
   const auto cost = [&](int pieces) {
     const float each = static_cast<float>((d.keys + pieces - 1) / pieces) / 128;
-    return static_cast<float>((pieces * tiles + blocks - 1) / blocks) * (kTileOverhead + each);
+    return static_cast<float>((pieces * rest + blocks - 1) / blocks) * (kTileOverhead + each);
   };
-  Split best{1, cost(1)};
-  if (d.attention.batch_invariant || tiles == 0 || tiles > blocks) return best;
-  // The workspace has room for two parts a block.
-  for (int n = 2; n * tiles <= 2 * blocks && n * kLeastPiece <= d.keys; ++n) {
+  const float before =
+      static_cast<float>(rounds) * (kTileOverhead + static_cast<float>(d.keys) / 128);
+  Split best{rounds * blocks, 1, cost(1)};
+  const int most = d.attention.batch_invariant || rest == 0 ? 1 : d.most_parts / rest;
+  for (int n = 2; n <= most && n * kLeastPiece <= d.keys; ++n) {
     const float own = cost(n) + kJoinCost + n * kPieceCost;
-    if (own < best.cost) best = {n, own};
+    if (own < best.cost) best = {rounds * blocks, n, own};
   }
+  best.cost += before;
   return best;
 }
 
@@ -188,8 +206,15 @@ __device__ bool find_tile(const PrefillParams& d, const Shared<S>& shared, int i
   const int* up_to = shared.tiles_up_to;
   const int total = up_to[S::kThreads - 1];
   found.request.index = kEnd;
-  found.piece = id % shared.pieces;
-  id /= shared.pieces;
+  const int behind = id - shared.split.whole;  // the first of those that may be split
+  found.piece = found.number = 0;
+  int most = 1;
+  if (behind >= 0) {
+    most = shared.split.pieces;
+    found.number = behind / most;
+    found.piece = behind - found.number * most;
+    id = shared.split.whole + found.number;
+  }
   if (id >= total * p.kv_heads) return true;
   // Late tiles first: under a causal mask they are the heaviest, and the light ones at the end even
   // out.
@@ -220,9 +245,8 @@ __device__ bool find_tile(const PrefillParams& d, const Shared<S>& shared, int i
     if ((found.usable.begin - found.key0) % d.box_keys == 0) found.usable.begin = INT_MIN;
     if ((found.usable.end - found.key0) % d.box_keys == 0) found.usable.end = INT_MAX;
   }
-  found.number = tile * p.kv_heads + found.kv_head;
-  found.first_part = found.number * shared.pieces;
-  found.pieces = max(1, min(shared.pieces, found.key_tiles / S::kLeastTiles));
+  found.first_part = found.number * most;
+  found.pieces = max(1, min(most, found.key_tiles / S::kLeastTiles));
   if (found.piece >= found.pieces) return false;
   if (found.pieces > 1) {
     const int before = found.piece * found.key_tiles / found.pieces;
@@ -411,8 +435,7 @@ __device__ void load_queries(const PrefillParams& d, Shared<S>& shared, int thre
   const auto next_id = [&] { return d.own_tiles + atomicAdd(p.tile_counters, 1); };
   int id = blockIdx.x;
   if (thread == 0 && d.own_tiles == 0) id = next_id();
-  if (thread == 0)
-    shared.pieces = best_split(d, shared.tiles_up_to[S::kThreads - 1] * p.kv_heads).pieces;
+  if (thread == 0) shared.split = best_split(d, shared.tiles_up_to[S::kThreads - 1] * p.kv_heads);
   for (Place<2> tiles;; tiles.advance()) {
     Tile<S::kGroups>& tile = shared.tiles[tiles.index];
     if (thread < 32) {
@@ -427,6 +450,8 @@ __device__ void load_queries(const PrefillParams& d, Shared<S>& shared, int thre
         reinterpret_cast<int*>(&tile)[i] = reinterpret_cast<const int*>(&shared.found)[i];
       warp_arrive(&shared.tile_full[tiles.index]);
       if (thread == 0 && shared.found.request.index != kEnd) id = next_id();
+      if (S::kQueryPlaces == 1)
+        mbarrier_wait(&shared.q_empty[tiles.index ^ 1], tiles.phase ^ tiles.index ^ 1);
     }
     if (!d.query_boxes) barrier_sync<64>(kTileTaken);
     const bool end = tile.request.index == kEnd;
@@ -434,7 +459,7 @@ __device__ void load_queries(const PrefillParams& d, Shared<S>& shared, int thre
       uint64_t* full = &shared.q_full[tiles.index];
       if (thread == 0) {
         mbarrier_arrive_expect(full, sizeof(shared.q[0]));
-        tensor_copy(shared.q[tiles.index], &d.q, full, 0, 0,
+        tensor_copy(shared.q[tiles.index % S::kQueryPlaces], &d.q, full, 0, 0,
                     tile.request.q_begin + p.group_divisor(tile.row0), 0, tile.kv_head);
       } else if (kWarpArrivals > 1) {
         mbarrier_arrive(full);
@@ -444,7 +469,7 @@ __device__ void load_queries(const PrefillParams& d, Shared<S>& shared, int thre
     const int q_begin = tile.request.q_begin, rows = tile.request.rows, row0 = tile.row0;
     const int first_head = tile.kv_head * p.group;
     if (!end) {
-      const uint32_t q = shared_address(shared.q[tiles.index]);
+      const uint32_t q = shared_address(shared.q[tiles.index % S::kQueryPlaces]);
       int first = thread;
       recompute(first);  // registers are short
 #pragma unroll 2
@@ -513,60 +538,76 @@ __device__ void narrow_queries(char* q, int warp_row, float (&factors)[2]) {
   }
 }
 
-// A thread's sums over one piece of the keys, and of its two rows the maxima, which `scale_log2e`
-// turns into powers of two, and the sums of weights. The warp that is the last of the pieces to
-// come here gets those over all of them, added up in their order, and true.
+// What the warps of one row of places leave of the pieces of a tile, in the workspace.
 template <int kWarps, int kHeadDim>
-__device__ bool join_pieces(const AttentionParams& p, int64_t first_part, int piece, int pieces,
-                            int* counter, int warp, const float (&scale_log2e)[2],
-                            float (&out)[kHeadDim / 2], float (&peak)[2], float (&sum)[2]) {
-  constexpr int kSums = kHeadDim / 8, kPart = kWarps * (kSums + 1) * 32;  // of four floats
-  static_assert(2 * 4 * kPart <= kWorkspaceFloats && kWarps <= kWorkspaceCounters);
-  const int lane = threadIdx.x % 32;
-  float4* first =
-      reinterpret_cast<float4*>(p.partials) + first_part * kPart + warp * ((kSums + 1) * 32) + lane;
-  float4* own = first + piece * kPart;
+struct Parts {
+  static constexpr int kSums = kHeadDim / 8, kPart = part_floats(kWarps, kHeadDim) / 4;  // float4s
+  static_assert(kWarps <= kWorkspaceCounters);
+  float4* first;
+  int pieces;
+
+  __device__ Parts(const AttentionParams& p, int64_t first_part, int pieces, int warp)
+      : first(reinterpret_cast<float4*>(p.partials) + first_part * kPart +
+              warp * ((kSums + 1) * 32) + threadIdx.x % 32),
+        pieces(pieces) {}
+
+  // A thread's sums over one piece of the keys, and of its two rows the maxima and the sums of
+  // weights. The warp that is the last of the pieces to come here gets the last two over all of
+  // them, and true. `scale_log2e` turns maxima into powers of two.
+  __device__ bool leave(int piece, int* counter, const float (&scale_log2e)[2],
+                        const float (&out)[kHeadDim / 2], float (&peak)[2], float (&sum)[2]) const {
+    float4* own = first + piece * kPart;
 #pragma unroll
-  for (int i = 0; i < kSums; ++i)
-    own[32 * i] = {out[4 * i], out[4 * i + 1], out[4 * i + 2], out[4 * i + 3]};
-  own[32 * kSums] = {peak[0], peak[1], sum[0], sum[1]};
-  __syncwarp();
-  int last = 0;
-  if (lane == 0) {
-    last = add_acquire_release(counter, 1) == pieces - 1;
-    if (last) *counter = 0;
-  }
-  __syncwarp();
-  if (!__shfl_sync(~0u, last, 0)) return false;
-  peak[0] = peak[1] = -INFINITY;
+    for (int i = 0; i < kSums; ++i)
+      own[32 * i] = {out[4 * i], out[4 * i + 1], out[4 * i + 2], out[4 * i + 3]};
+    own[32 * kSums] = {peak[0], peak[1], sum[0], sum[1]};
+    __syncwarp();
+    int last = 0;
+    if (threadIdx.x % 32 == 0) {
+      last = add_acquire_release(counter, 1) == pieces - 1;
+      if (last) *counter = 0;
+    }
+    __syncwarp();
+    if (!__shfl_sync(~0u, last, 0)) return false;
+    peak[0] = peak[1] = -INFINITY;
 #pragma unroll 4
-  for (int k = 0; k < pieces; ++k) {
-    const float4 state = __ldcg(first + k * kPart + 32 * kSums);
-    peak[0] = fmaxf(peak[0], state.x), peak[1] = fmaxf(peak[1], state.y);
+    for (int k = 0; k < pieces; ++k) {
+      const float4 state = __ldcg(first + k * kPart + 32 * kSums);
+      peak[0] = fmaxf(peak[0], state.x), peak[1] = fmaxf(peak[1], state.y);
+    }
+    sum[0] = sum[1] = 0;
+#pragma unroll 4
+    for (int k = 0; k < pieces; ++k) {
+      const float4 state = __ldcg(first + k * kPart + 32 * kSums);
+      sum[0] += weight(state.x, peak[0], scale_log2e[0]) * state.z;
+      sum[1] += weight(state.y, peak[1], scale_log2e[1]) * state.w;
+    }
+    return true;
   }
-  sum[0] = sum[1] = 0;
+
+  // Four times four of the sums from i on, over all pieces, in their order.
+  __device__ void add_up(int i, const float (&scale_log2e)[2], const float (&peak)[2],
+                         float4 (&total)[4]) const {
+#pragma unroll(kHeadDim / 32)
+    for (int k = 0; k < pieces; ++k) {
+      const float4* part = first + k * kPart;
+      const float4 state = __ldcg(part + 32 * kSums);
+      const float factor[2] = {weight(state.x, peak[0], scale_log2e[0]),
+                               weight(state.y, peak[1], scale_log2e[1])};
 #pragma unroll
-  for (int j = 0; j < kHeadDim / 2; ++j) out[j] = 0;
-#pragma unroll 1
-  for (int k = 0; k < pieces; ++k) {
-    const float4* part = first + k * kPart;
-    const float4 state = __ldcg(part + 32 * kSums);
-    const auto weight = [&](float own_peak, int h) {
-      return peak[h] == -INFINITY ? 0.0f : exp2_approx((own_peak - peak[h]) * scale_log2e[h]);
-    };
-    const float factor[2] = {weight(state.x, 0), weight(state.y, 1)};
-    sum[0] += factor[0] * state.z, sum[1] += factor[1] * state.w;
-#pragma unroll
-    for (int i = 0; i < kSums; ++i) {
-      const float4 four = __ldcg(part + 32 * i);
-      out[4 * i] += factor[0] * four.x;
-      out[4 * i + 1] += factor[0] * four.y;
-      out[4 * i + 2] += factor[1] * four.z;
-      out[4 * i + 3] += factor[1] * four.w;
+      for (int j = 0; j < 4; ++j) {
+        const float4 four = __ldcg(part + 32 * (i + j));
+        total[j].x += factor[0] * four.x, total[j].y += factor[0] * four.y;
+        total[j].z += factor[1] * four.z, total[j].w += factor[1] * four.w;
+      }
     }
   }
-  return true;
-}
+
+ private:
+  __device__ static float weight(float own, float peak, float scale_log2e) {
+    return peak == -INFINITY ? 0.0f : exp2_approx((own - peak) * scale_log2e);
+  }
+};
 
 template <typename T, typename KV, int kHeadDim, int kGroups>
 __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGroups>>& shared,
@@ -601,6 +642,9 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
     return S::kFp8 ? usable_scale(p.scale_log2e * score_factor[h]) : p.scale_log2e;
   };
 
+  const auto own_queries = [&] {
+    return shared.q[q_place.index % S::kQueryPlaces] + group_row * kChunkBytes;
+  };
   const auto release_keys = [&] {
     warp_arrive(&shared.k_empty[k_place.index]);
     k_place.advance();
@@ -610,8 +654,7 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
     v_place.advance();
   };
   const auto issue_scores = [&] {
-    const uint64_t q =
-        matrix_descriptor(shared_address(shared.q[q_place.index]) + group_row * kChunkBytes);
+    const uint64_t q = matrix_descriptor(shared_address(own_queries()));
     const uint64_t k = matrix_descriptor(shared_address(shared.k[k_place.index]));
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
@@ -702,7 +745,7 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
     const Tile<kGroups>& tile = shared.tiles[q_place.index];
     if (tile.request.index == kEnd) return;
     if constexpr (!std::is_same_v<M, T>) {
-      narrow_queries<S>(shared.q[q_place.index] + group_row * kChunkBytes, warp_row, score_factor);
+      narrow_queries<S>(own_queries(), warp_row, score_factor);
       fence_for_async();
       barrier_sync<128>(kFirstGroup + group);
     }
@@ -784,14 +827,14 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
       row_sum[h] += __shfl_xor_sync(~0u, row_sum[h], 1);
       row_sum[h] += __shfl_xor_sync(~0u, row_sum[h], 2);
     }
-    if (pieces > 1) {
-      const int warp = 4 * group + warp_row / 16;
-      const float scales[2] = {scale_log2e(0), scale_log2e(1)};
-      if (!join_pieces<4 * kGroups, kHeadDim>(p, first_part, piece, pieces,
-                                              p.arrivals + number * 4 * kGroups + warp, warp,
-                                              scales, out, row_max, row_sum))
-        continue;
-    }
+    const int warp = 4 * group + warp_row / 16;
+    const float scales[2] = {scale_log2e(0), scale_log2e(1)};
+    const Parts<4 * kGroups, kHeadDim> parts(p, first_part, pieces, warp);
+    if (pieces > 1 && !parts.leave(piece, p.arrivals + number * 4 * kGroups + warp, scales, out,
+                                   row_max, row_sum))
+      continue;
+    T* destination[2];
+    float row_factor[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int row = min(first_row + 8 * h, rows - 1);
@@ -799,22 +842,45 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
       const int64_t token = int64_t{q_begin} + query;
       const float peak = row_max[h] * (S::kFp8 ? p.scale * score_factor[h] : p.scale);
       const RowState state = finish_row(p, peak, row_sum[h], head);
-      T* destination = static_cast<T*>(p.out) + token * p.out_stride_token +
+      row_factor[h] = state.factor;
+      destination[h] = static_cast<T*>(p.out) + token * p.out_stride_token +
                        head * p.out_stride_head + 8 * (lane % 4);
+      if (p.lse && lane % 4 == 0 && first_row + 8 * h < rows)
+        p.lse[head * p.lse_stride_head + token] = state.lse;
+    }
+    const auto write = [&](int i, const float4(&sums)[4]) {
 #pragma unroll
-      for (int n = 0; n < kHeadDim / 8; n += 4) {
+      for (int h = 0; h < 2; ++h) {
         uint32_t pairs[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          const float* two = &out[4 * (n + j) + 2 * h];
-          pairs[j] = pack<T>(two[0] * state.factor, two[1] * state.factor);
+          const float x = h ? sums[j].z : sums[j].x, y = h ? sums[j].w : sums[j].y;
+          pairs[j] = pack<T>(x * row_factor[h], y * row_factor[h]);
         }
         transpose_quads(pairs);
         if (first_row + 8 * h < rows)
-          *reinterpret_cast<uint4*>(destination + 8 * n) = {pairs[0], pairs[1], pairs[2], pairs[3]};
+          *reinterpret_cast<uint4*>(destination[h] + 8 * i) = {pairs[0], pairs[1], pairs[2],
+                                                               pairs[3]};
       }
-      if (p.lse && lane % 4 == 0 && first_row + 8 * h < rows)
-        p.lse[head * p.lse_stride_head + token] = state.lse;
+    };
+    if (pieces == 1) {
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 8; i += 4) {
+        float4 sums[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const float* four = &out[4 * (i + j)];
+          sums[j] = {four[0], four[1], four[2], four[3]};
+        }
+        write(i, sums);
+      }
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < kHeadDim / 8; i += 4) {
+        float4 sums[4] = {};
+        parts.add_up(i, scales, row_max, sums);
+        write(i, sums);
+      }
     }
   }
 }
@@ -939,8 +1005,9 @@ cudaError_t prefill(const AttentionParams& p, cudaStream_t stream) {
   while (p.window_right < 0 && d.section_heads > 1 &&
          (p.kv_heads % d.section_heads || d.section_heads * head_bytes > kSectionBytes))
     --d.section_heads;
-  // The warps that widen fp8 need a third warpgroup's registers.
-  constexpr int kMostGroups = sizeof(KV) == 2 ? 3 : 2;
+  constexpr int kMostGroups = most_groups(kHeadDim, sizeof(KV) == 1);
+  constexpr int kPartFloats = part_floats(4 * kMostGroups, kHeadDim);
+  d.most_parts = std::min(2, kWorkspaceFloats / kPartFloats) * p.multiprocessors;
   switch (choose_groups(d, kMostGroups, tile_cost(kHeadDim, sizeof(KV) == 1))) {
     case 1:
       return launch<T, KV, kHeadDim, 1>(d, stream);
