@@ -25,8 +25,9 @@ constexpr float kSpare = 8;
 // Units of one request, and how they are laid out: KV heads outermost, then tiles of rows, then
 // keys. The first unit begins at a multiple of kAlignment.
 //
-// kEven: the keys of a request that is alone are split evenly among as many thread blocks for each
-// KV head and tile of rows, by units without keys at the end. A block then has one segment.
+// kEven: the keys of a request that is alone are split evenly, among as many thread blocks for each
+// KV head and tile of rows, and no more of them than have keys. Units without keys fill up the last
+// share. A block then has one segment.
 template <int kRows, int kUnitKeys, int kAlignment, bool kEven>
 struct RequestUnits {
   int row_tiles, key_units, keys_begin;
@@ -43,7 +44,7 @@ struct RequestUnits {
     if (kEven && p.batch == 1 && row_tiles > 0) {
       const int blocks = max(1, static_cast<int>(gridDim.x) / (row_tiles * p.kv_heads));
       const int each = (key_units + blocks - 1) / blocks;
-      key_units = each * blocks;
+      key_units = (key_units + each - 1) / each * each;
       if (blocks > 1) share = each;
     }
     total = row_tiles * key_units * p.kv_heads;

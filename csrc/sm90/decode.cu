@@ -20,20 +20,16 @@
 namespace sparsek::sm90 {
 namespace {
 
-constexpr int kWarps = 8;      // that compute
+constexpr int kGroups = 2, kWarpsOfGroup = 4, kWarps = kGroups * kWarpsOfGroup;
 constexpr int kProducers = 2;  // warps: small boxes take one too long
 constexpr int kConsumers = 32 * kWarps, kThreads = kConsumers + 32 * kProducers;
 constexpr int kRingBytes = 128 * 1024;
 constexpr int kConsumerBarrier = 1;
-constexpr int kMeetingWarps = 4;  // that leave each other sums at a time
 
 // kWide: where one group's rows are too few the groups take other rows of the same units, in place
 // of other units of the same rows.
 template <typename KV, int kHeadDim, int kTiles, bool kWide>
 struct Shape {
-  // More groups where units are large: a group that computes has one, and the others are on their
-  // way.
-  static constexpr int kGroups = kHeadDim > 128 && !kWide ? 4 : 2, kWarpsOfGroup = kWarps / kGroups;
   static constexpr int kRowsOfGroup = 8 * kTiles, kRows = kRowsOfGroup * (kWide ? kGroups : 1);
   static constexpr bool kFp8 = sizeof(KV) == 1;
   // Of 16 keys, of a warp in a unit: as many as there are registers for.
@@ -54,7 +50,7 @@ using OwnShare = Share<kThreads, S::kRows, S::kUnitKeys, S::kUnitKeys, true>;
 template <typename S, int kHeadDim>
 struct Shared {
   static constexpr int kRows = S::kRows;
-  static constexpr int kMeetingFloats = kMeetingWarps * kRows * kPitch<kHeadDim>;
+  static constexpr int kMeetingFloats = kWarpsOfGroup * kRows * kPitch<kHeadDim>;
 
   char ring[kRingBytes];
   float meeting[kMeetingFloats];  // warps' sums
@@ -154,7 +150,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr int kSteps = kHeadDim / 16, kRows = S::kRows;  // steps of 16 dimensions
   constexpr int kStepsALoad = S::kFp8 ? 2 : 1, kLoads = kSteps / kStepsALoad;
   constexpr int kScores = 4 * S::kKeyTiles;  // of a row tile: four a key tile
-  constexpr int kGroups = S::kGroups, kWarpsOfGroup = S::kWarpsOfGroup;
   extern __shared__ __align__(1024) char dynamic[];
   auto& shared = *reinterpret_cast<Shared<S, kHeadDim>*>(dynamic);
 
@@ -165,7 +160,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (!d.joined) prefetch_tensor_map(&d.v);
     for (int i = 0; i < S::kStages; ++i) {
       mbarrier_init(&shared.full[i], 1);
-      mbarrier_init(&shared.empty[i], kWarpArrivals * (kWide ? kWarps : S::kWarpsOfGroup));
+      mbarrier_init(&shared.empty[i], kWarpArrivals * (kWide ? kWarps : kWarpsOfGroup));
     }
     mbarrier_fence_init();
   }
@@ -435,7 +430,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (w < warps_of_row) peak = fmaxf(peak, shared.row_maxima[first_warp(row) + w][row]);
       return peak;
     };
-    float* own_sums = shared.meeting + warp % kMeetingWarps * kRows * kPitch<kHeadDim>;
+    float* own_sums = shared.meeting + warp_of_group * kRows * kPitch<kHeadDim>;
     const auto exchange = [&](bool adds) {
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) {
@@ -459,9 +454,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     };
 #pragma unroll
-    for (int turn = kWarps / kMeetingWarps - 1; turn >= 0; --turn) {
-      if (wide ? turn == 0 : warp / kMeetingWarps == turn)
-        exchange(!wide && turn < kWarps / kMeetingWarps - 1);
+    for (int g = kGroups - 1; g >= 0; --g) {
+      if (wide ? g == 0 : group == g) exchange(!wide && g < kGroups - 1);
       barrier_sync<kConsumers>(kConsumerBarrier);
     }
     constexpr int kPasses = (kRows * kHeadDim + 4 * kConsumers - 1) / (4 * kConsumers);
@@ -480,7 +474,7 @@ __global__ void __launch_bounds__(kThreads, 1)
               finish.weight(shared.row_maxima[own][row], peaks[pass]) * shared.row_sums[own][row];
       }
 #pragma unroll
-      for (int w = 0; w < kMeetingWarps; ++w) {
+      for (int w = 0; w < kWarpsOfGroup; ++w) {
         finish.add(values[pass], 1.0f,
                    *reinterpret_cast<const float4*>(shared.meeting +
                                                     (w * kRows + row) * kPitch<kHeadDim> + column));
