@@ -570,13 +570,13 @@ struct Parts {
     __syncwarp();
     if (!__shfl_sync(~0u, last, 0)) return false;
     peak[0] = peak[1] = -INFINITY;
-#pragma unroll 4
+#pragma unroll 8
     for (int k = 0; k < pieces; ++k) {
       const float4 state = __ldcg(first + k * kPart + 32 * kSums);
       peak[0] = fmaxf(peak[0], state.x), peak[1] = fmaxf(peak[1], state.y);
     }
     sum[0] = sum[1] = 0;
-#pragma unroll 4
+#pragma unroll 8
     for (int k = 0; k < pieces; ++k) {
       const float4 state = __ldcg(first + k * kPart + 32 * kSums);
       sum[0] += weight(state.x, peak[0], scale_log2e[0]) * state.z;
@@ -588,7 +588,7 @@ struct Parts {
   // Four times four of the sums from i on, over all pieces, in their order.
   __device__ void add_up(int i, const float (&scale_log2e)[2], const float (&peak)[2],
                          float4 (&total)[4]) const {
-#pragma unroll(kHeadDim / 32)
+#pragma unroll(kHeadDim > 128 ? 8 : 4)  // as many loads in flight as there are registers for
     for (int k = 0; k < pieces; ++k) {
       const float4* part = first + k * kPart;
       const float4 state = __ldcg(part + 32 * kSums);
