@@ -249,10 +249,11 @@ void run_attention(AttentionParams& p, const Tensor& q, bool fp8, const Optional
   const DeviceScope device(q);
   p.multiprocessors = device.multiprocessors();
 #ifdef SPARSEK_SM90
-  hopper = hopper && device.is_hopper() && sm90::has_head_dim(static_cast<int>(head_dim)) &&
+  hopper = hopper && !p.spans && device.is_hopper() &&
+           sm90::has_head_dim(static_cast<int>(head_dim)) &&
            sm90::has_tensor_map(p.k, p.kv_heads) && sm90::has_tensor_map(p.v, p.kv_heads);
   const bool hopper_prefill =
-      hopper && p.softcap <= 0 && !p.bias && sm90::has_prefill(static_cast<int>(head_dim), fp8);
+      hopper && !is_general(p) && sm90::has_prefill(static_cast<int>(head_dim), fp8);
 #else
   const bool hopper_prefill = hopper = false;
 #endif
@@ -281,12 +282,12 @@ void run_attention(AttentionParams& p, const Tensor& q, bool fp8, const Optional
 void varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
                       const Tensor& seq_lens, const OptionalTensor& block_table,
                       const OptionalTensor& k_starts, const OptionalTensor& q_offsets,
-                      const OptionalTensor& bias, const OptionalTensor& sinks,
-                      const OptionalTensor& k_scale, const OptionalTensor& v_scale,
-                      const OptionalTensor& workspace, bool hopper, bool batch_invariant,
-                      int64_t min_seqlen_q, int64_t max_seqlen_q, int64_t max_seqlen_k,
-                      double scale, int64_t window_left, int64_t window_right, double softcap,
-                      Tensor out, OptionalTensor lse) {
+                      const OptionalTensor& spans, const OptionalTensor& bias,
+                      const OptionalTensor& sinks, const OptionalTensor& k_scale,
+                      const OptionalTensor& v_scale, const OptionalTensor& workspace, bool hopper,
+                      bool batch_invariant, int64_t min_seqlen_q, int64_t max_seqlen_q,
+                      int64_t max_seqlen_k, double scale, int64_t window_left, int64_t window_right,
+                      double softcap, Tensor out, OptionalTensor lse) {
   const int64_t batch = seq_lens.size(0), total_q = q.size(0);
   if (batch == 0 || total_q == 0) return;
   const int64_t kv_heads = k.size(k.dim() - 2);
@@ -327,6 +328,11 @@ void varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
   }
   if (k_starts) p.k_starts = int32_data("starts", *k_starts);
   if (q_offsets) p.q_offsets = int32_data("q_offsets", *q_offsets);
+  if (spans) {
+    check(spans->dim() == 2 && spans->size(1) == 2 && spans->stride(0) == 2,
+          "spans must be contiguous on CUDA");
+    p.spans = int32_data("spans", *spans);
+  }
   if (sinks) {
     p.sinks = sinks->data_ptr();
     p.sinks_type = float_type("sinks", *sinks);

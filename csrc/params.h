@@ -78,6 +78,7 @@ struct AttentionParams {
   float scale, scale_log2e;       // the second for scores in powers of two
   float softcap;                  // 0: off
   int window_left, window_right;  // -1: no limit
+  const int* spans;               // of each query two: keys that it sees in any case, or none
 
   // Requests with at most decode_rows rows (queries times group) are the decode kernel's, those of
   // more than long_keys keys with at most long_decode_rows; the others are the prefill kernel's.
@@ -93,6 +94,9 @@ struct AttentionParams {
   int* arrivals;       // kWorkspaceCounters for each, then kDecodeCounters
   int* tile_counters;  // two: of Hopper's prefill kernel
 };
+
+// Whether there is more than a window: for the kernels that are made for all of it.
+inline bool is_general(const AttentionParams& p) { return p.softcap > 0 || p.bias || p.spans; }
 
 // Keys that so many queries, one behind the other, see together at most.
 inline int64_t most_keys(const AttentionParams& p, int64_t queries) {

@@ -116,8 +116,11 @@ class Batch:
         return out, lse
 
     def expected(self, **options) -> tuple[torch.Tensor, torch.Tensor]:
+        spans = options.pop("spans", None)
         parts = [
-            dense_oracle.attention(self.q[a:b], k, v, **options)
+            dense_oracle.attention(
+                self.q[a:b], k, v, **options, spans=None if spans is None else spans[a:b]
+            )
             for a, b, k, v in zip(self.bounds, self.bounds[1:], self.k, self.v, strict=False)
         ]
         return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts], 1)

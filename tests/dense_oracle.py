@@ -14,8 +14,12 @@ def attention(
     window: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    spans: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``[rows, heads, dim]`` output and ``[heads, rows]`` LSE; the last row at the last key."""
+    """``[rows, heads, dim]`` output and ``[heads, rows]`` LSE; the last row at the last key.
+
+    ``spans`` is ``[rows, 2]``: keys that each row sees in any case.
+    """
     rows, heads, dim = q.shape
     keys, kv_heads, _ = k.shape
     distance = torch.arange(keys, device=q.device) - torch.arange(
@@ -28,6 +32,9 @@ def attention(
         hidden |= distance < -window[0]
     if window[1] >= 0:
         hidden |= distance > window[1]
+    if spans is not None:
+        key = torch.arange(keys, device=q.device)
+        hidden &= (key < spans[:, :1]) | (key >= spans[:, 1:])
     out = torch.empty(rows, heads, dim, dtype=torch.float64, device=q.device)
     lse = torch.empty(heads, rows, dtype=torch.float64, device=q.device)
     for head in range(heads):

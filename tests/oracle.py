@@ -17,12 +17,14 @@ def attention(
     sinks: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     offset: int | None = None,
+    spans: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output ``[rows, heads, head_dim]`` and LSE ``[heads, rows]`` of one request, float64.
 
     ``q`` is ``[rows, heads, head_dim]``, ``k`` and ``v`` are ``[keys, kv_heads, head_dim]``,
     ``bias`` is ``[heads, rows, keys]``. Row ``i`` stands at key position ``offset + i``; by
-    default the last row stands at the last key.
+    default the last row stands at the last key. ``spans`` is ``[rows, 2]``: keys that each row
+    sees in any case.
     """
     q, k, v = q.double().cpu(), k.double().cpu(), v.double().cpu()
     rows, heads, _ = q.shape
@@ -38,6 +40,8 @@ def attention(
         visible &= key >= position - window[0]
     if window[1] != -1:
         visible &= key <= position + window[1]
+    if spans is not None:
+        visible |= (key >= spans[:, :1].cpu()) & (key < spans[:, 1:].cpu())
 
     out = torch.zeros_like(q)
     lse = torch.zeros(heads, rows, dtype=torch.float64)

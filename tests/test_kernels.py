@@ -393,6 +393,33 @@ def test_batch_invariance(head_dim: int, fp8: bool, options: dict) -> None:
             check(kv, (1, 0, 1), (2, 2 * row, 2 * row + 3), (0, row, row + 1))
 
 
+def image_spans(lengths: list[tuple[int, int]], images: list[list[tuple[int, int]]]) -> list:
+    """Of each row: the image that its position lies in, or none."""
+    spans = []
+    for (rows, keys), own in zip(lengths, images, strict=True):
+        for position in range(keys - rows, keys):
+            spans.append(next(((a, b) for a, b in own if a <= position < b), (0, 0)))
+    return spans
+
+
+@FP8
+@pytest.mark.parametrize("head_dim", [64, 128, *[256] * (ON_GPU or HOPPER)])
+@pytest.mark.parametrize(
+    "options", [{}, {"window": (60, -1)}, {"window": (60, 0), "softcap": 20.0}], ids=str
+)
+def test_images_see_each_other(options: dict, head_dim: int, fp8: bool) -> None:
+    """In a prompt, in a chunk whose prefix cuts through one, in few rows, at the very end; beside
+    requests that have none.
+    """
+    lengths = [(300, 300), (150, 420), (3, 700), (1, 90), (0, 9), (97, 97), (1, 0)]
+    images = [[(10, 90), (100, 250)], [(200, 330), (330, 420)], [(640, 700)], [], [], [(0, 97)], []]
+    if ON_GPU:
+        lengths.append((900, 6000))
+        images.append([(100, 200), (5000, 5600)])
+    spans = torch.tensor(image_spans(lengths, images), dtype=torch.int32, device=DEVICE)
+    Batch(lengths, 2, 4, head_dim, fp8=fp8).check(**options, spans=spans)
+
+
 @FP8
 @pytest.mark.parametrize("options", [{}, {"window": (700, -1)}, {"causal": False}], ids=str)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)

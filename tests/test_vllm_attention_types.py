@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import oracle
 import pytest
 import torch
 from steps import BLOCK, DIM, Layer, layer, step
-from vllm.config import CUDAGraphMode, VllmConfig, set_current_vllm_config
+from vllm.config import CUDAGraphMode, ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.attention.cross_attention import create_cross_attention_backend
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import CrossAttentionSpec
@@ -76,6 +77,70 @@ def test_without_a_causal_mask(window: int | None, causal: bool) -> None:
         q, k, v, scale=DIM**-0.5, causal=causal, window=(side, -1 if causal else side)
     )
     torch.testing.assert_close(out.double(), expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def prefix_lm(model: Path) -> VllmConfig:
+    """Of a model whose images attend to themselves, as Gemma 3's do."""
+    overrides = {"is_mm_prefix_lm": True}
+    return VllmConfig(
+        model_config=ModelConfig(model=str(model), dtype="float32", hf_overrides=overrides)
+    )
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_images_attend_to_themselves(window: int | None, prefix_lm: VllmConfig) -> None:
+    """Within a chunk, from a prefix on, in a chunk of few rows; beside a request without any."""
+    random = torch.Generator().manual_seed(0)
+    rows, computed = [60, 30, 1, 5], [0, 50, 70, 40]
+    images = {0: [(5, 24), (30, 59)], 1: [(40, 70)], 2: [], 3: [(38, 44)]}
+    builder, impl = layer(4, 2, prefix_lm, sliding_window=window)
+    lengths = [a + b for a, b in zip(rows, computed, strict=True)]
+    table = torch.randperm(20, generator=random).view(4, 5).int()
+    k, v = ([torch.randn(n, 2, DIM, generator=random) for n in lengths] for _ in "kv")
+    cache = torch.full((20, 2, BLOCK, 2 * DIM), torch.nan)
+    for b, n in enumerate(lengths):
+        token = torch.arange(n)
+        slots = table[b].long()[token // BLOCK] * BLOCK + token % BLOCK
+        impl.do_kv_cache_update(Layer(), k[b], v[b], cache, slots)
+    q = torch.randn(sum(rows), 4, DIM, generator=random)
+    metadata = step(rows, computed, [0], table)
+    metadata.mm_req_doc_ranges = images
+    out = torch.full_like(q, torch.nan)
+    impl.forward(Layer(), q, q, q, cache, builder.build(BLOCK, metadata), out)
+    bounds = metadata.query_start_loc.tolist()
+    side = -1 if window is None else window - 1
+    for b, (begin, end) in enumerate(itertools.pairwise(bounds)):
+        spans = [
+            next(((i, j + 1) for i, j in images[b] if i <= position <= j), (0, 0))
+            for position in range(computed[b], lengths[b])
+        ]
+        expected, _ = oracle.attention(
+            q[begin:end], k[b], v[b], scale=DIM**-0.5, causal=True, window=(side, -1),
+            spans=torch.tensor(spans),
+        )  # fmt: skip
+        torch.testing.assert_close(out[begin:end].double(), expected, rtol=2e-5, atol=2e-5)
+
+
+def test_images_in_captured_graphs(prefix_lm: VllmConfig) -> None:
+    """Graphs of mixed batches are replayed with other images, or none: in the same memory."""
+    builder, _ = layer(HEADS, HEADS, prefix_lm)
+    metadata = step([8, 8], [0, 0], [0], torch.zeros(2, 1, dtype=torch.int32))
+    assert builder.build(0, metadata).spans is None
+    config = builder.vllm_config.compilation_config
+    before, config.cudagraph_mode = config.cudagraph_mode, CUDAGraphMode.FULL
+    try:
+        captured = builder.build_for_cudagraph_capture(metadata).spans
+        assert captured is not None and not captured.any()
+        metadata.mm_req_doc_ranges = {1: [(2, 5)]}
+        replayed = builder.build(0, metadata).spans
+        assert replayed is not None and replayed.data_ptr() == captured.data_ptr()
+        assert captured.tolist() == [[0, 0]] * 10 + [[2, 6]] * 4 + [[0, 0]] * 2
+        metadata.mm_req_doc_ranges = None
+        builder.build(0, metadata)
+        assert not captured.any()
+    finally:
+        config.cudagraph_mode = before
 
 
 def test_causality_of_each_request_is_refused() -> None:

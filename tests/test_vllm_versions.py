@@ -198,7 +198,7 @@ def reasons(**changes):
     asked = dict(head_size=128, dtype=torch.bfloat16, kv_cache_dtype="fp8", block_size=16)
     selected = AttentionSelectorConfig(**(asked | changes))._asdict()
     return SparseKBackend.validate_configuration(device_capability=None, **selected)
-print(reasons(has_sink=True, has_sliding_window=True, use_kv_connector=True))
+print(reasons(has_sink=True, has_sliding_window=True, use_kv_connector=True, use_mm_prefix=True))
 print(reasons(head_size=72))
 """
 

@@ -69,15 +69,27 @@ struct Request {
     return rows <= (end - start > p.long_keys ? p.long_decode_rows : p.decode_rows);
   }
 
-  // Keys that the queries first to last see, together.
+  // Keys that the queries first to last see, together. A span holds its query, so that what one
+  // sees is still a range, and those of later queries begin and end no earlier.
+  template <bool kSpans = false>
   __device__ KeyRange keys(const AttentionParams& p, int first, int last) const {
     KeyRange range{start, end};
     if (p.window_left >= 0) range.begin = max(start, offset + first - p.window_left);
     if (p.window_right >= 0) range.end = min(end, offset + last + p.window_right + 1);
+    if (kSpans && p.spans) {
+      const int2 of_first = span(p, first), of_last = span(p, last);
+      if (of_first.x < of_first.y) range.begin = max(start, min(range.begin, start + of_first.x));
+      if (of_last.x < of_last.y) range.end = min(end, max(range.end, start + of_last.y));
+    }
     return range;
   }
+  // (A request without queries may lie behind the last one.)
+  __device__ int2 span(const AttentionParams& p, int query) const {
+    return reinterpret_cast<const int2*>(p.spans)[min(q_begin + query, p.total_q - 1)];
+  }
+  template <bool kSpans = false>
   __device__ KeyRange keys(const AttentionParams& p, int query) const {
-    return keys(p, query, query);
+    return keys<kSpans>(p, query, query);
   }
 
   // Rows times keys that they see: of a causal mask or none exactly, of a window about.

@@ -28,7 +28,7 @@ constexpr float kSpare = 8;
 // kEven: the keys of a request that is alone are split evenly, among as many thread blocks for each
 // KV head and tile of rows, and no more of them than have keys. Units without keys fill up the last
 // share. A block then has one segment.
-template <int kRows, int kUnitKeys, int kAlignment, bool kEven>
+template <int kRows, int kUnitKeys, int kAlignment, bool kEven, bool kSpans>
 struct RequestUnits {
   int row_tiles, key_units, keys_begin;
   int total;      // 2^31 units would be 2^37 tokens of a KV head
@@ -37,7 +37,7 @@ struct RequestUnits {
   __device__ RequestUnits(const AttentionParams& p, const Request& request) {
     row_tiles = (request.rows + kRows - 1) / kRows;
     if (!request.is_decode(p)) row_tiles = 0;
-    const KeyRange keys = request.keys(p, 0, p.group_divisor(max(request.rows, 1) - 1));
+    const KeyRange keys = request.keys<kSpans>(p, 0, p.group_divisor(max(request.rows, 1) - 1));
     keys_begin = keys.begin & ~(kAlignment - 1);
     // Rows that see no key have a unit too: somebody must write their zeros.
     key_units = max(1, (keys.end - keys_begin + kUnitKeys - 1) / kUnitKeys);
@@ -61,9 +61,9 @@ struct Segment {
 
 // A thread block's share of the units, taken segment by segment. All threads of the block make
 // one, together; they do not always meet there.
-template <int kThreads, int kRows, int kUnitKeys, int kAlignment, bool kEven>
+template <int kThreads, int kRows, int kUnitKeys, int kAlignment, bool kEven, bool kSpans>
 class Share {
-  using Units = RequestUnits<kRows, kUnitKeys, kAlignment, kEven>;
+  using Units = RequestUnits<kRows, kUnitKeys, kAlignment, kEven, kSpans>;
 
  public:
   struct Scratch {  // in shared memory
@@ -155,8 +155,8 @@ class Share {
       segment.whole_end = segment.whole_begin + units.key_units;
       segment.begin = unit_;
       segment.end = min(segment.whole_end, end_);
-      segment.keys = request.keys(p, p.group_divisor(segment.row0),
-                                  p.group_divisor(segment.row0 + segment.rows - 1));
+      segment.keys = request.keys<kSpans>(p, p.group_divisor(segment.row0),
+                                          p.group_divisor(segment.row0 + segment.rows - 1));
       segment.key0 = units.keys_begin + (unit_ - segment.whole_begin) * kUnitKeys;
       segment.key1 =
           min(segment.keys.end, units.keys_begin + (segment.end - segment.whole_begin) * kUnitKeys);

@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(Shape<kHeadDim>::kThreads, kDecodeBlocksPerMul
 
   const int thread = threadIdx.x, warp = thread / 32;
   int lane = thread % 32;
-  using OwnShare = Share<kThreads, kRows, kUnitKeys, kGroupKeys, false>;
+  using OwnShare = Share<kThreads, kRows, kUnitKeys, kGroupKeys, false, kGeneral>;
   __shared__ typename OwnShare::Scratch scratch;
   OwnShare share(p, scratch);
   if (share.empty()) return;
@@ -60,8 +60,8 @@ __global__ void __launch_bounds__(Shape<kHeadDim>::kThreads, kDecodeBlocksPerMul
     // This thread's rows, lane / 4 and 8 below it, and what they see.
     const int rows_of[2] = {row0 + min(lane / 4, rows - 1), row0 + min(lane / 4 + 8, rows - 1)};
     const int queries[2] = {p.group_divisor(rows_of[0]), p.group_divisor(rows_of[1])};
-    const KeyRange common{request.keys(p, p.group_divisor(row0 + rows - 1)).begin,
-                          request.keys(p, p.group_divisor(row0)).end};
+    const KeyRange common{request.keys<kGeneral>(p, p.group_divisor(row0 + rows - 1)).begin,
+                          request.keys<kGeneral>(p, p.group_divisor(row0)).end};
 
     constexpr int kPair = kFp8 ? 4 : 2, kSecond = kFp8 ? 2 : 8;
     uint32_t q[kSteps][4];
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(Shape<kHeadDim>::kThreads, kDecodeBlocksPerMul
         for (int h = 0; h < 2; ++h) {
           const int r = own_segment.row0 + min(lane / 4 + 8 * h, own_segment.rows - 1);
           const int query = p.group_divisor(r);
-          const KeyRange visible = own.keys(p, query);
+          const KeyRange visible = own.keys<kGeneral>(p, query);
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const int column = key + 8 * (i / 2) + 2 * (lane % 4) + i % 2;
@@ -281,9 +281,8 @@ cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
 
 template <typename T, typename KV, int kHeadDim>
 cudaError_t decode(const AttentionParams& p, cudaStream_t stream) {
-  const bool general = p.softcap > 0 || p.bias;
-  return general ? launch<T, KV, kHeadDim, true>(p, stream)
-                 : launch<T, KV, kHeadDim, false>(p, stream);
+  return is_general(p) ? launch<T, KV, kHeadDim, true>(p, stream)
+                       : launch<T, KV, kHeadDim, false>(p, stream);
 }
 
 template cudaError_t decode<SPARSEK_DTYPE, SPARSEK_KV, SPARSEK_HEAD_DIM>(const AttentionParams&,

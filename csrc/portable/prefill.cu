@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(Shape<KV, kHeadDim, kGeneral>::kThreads,
   // Keys that the tile needs, in tiles of kBlockN.
   const int last_row = min(row0 + kBlockM, request.rows) - 1;
   const int first = p.group_divisor(row0), last = p.group_divisor(last_row);
-  const KeyRange keys = request.keys(p, first, last);
+  const KeyRange keys = request.keys<kGeneral>(p, first, last);
   const int keys_begin = request.tile_begin<kBlockN>(p, keys.begin);
   const int keys_end = keys.begin < keys.end ? keys.end : keys_begin;
   // What the loop needs now and then waits in shared memory: registers are short.
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(Shape<KV, kHeadDim, kGeneral>::kThreads,
                  row0,
                  keys.begin,
                  first_slice,
-                 {request.keys(p, last).begin, request.keys(p, first).end}};
+                 {request.keys<kGeneral>(p, last).begin, request.keys<kGeneral>(p, first).end}};
   }
   __syncthreads();
 
@@ -300,7 +300,7 @@ __global__ void __launch_bounds__(Shape<KV, kHeadDim, kGeneral>::kThreads,
         for (int h = 0; h < 2; ++h) {
           const int r = min(row_of(m, h), last_row), query = p.group_divisor(r);
           const int head = kv_head * p.group + r - query * p.group;
-          const KeyRange visible = request.keys(p, query);
+          const KeyRange visible = request.keys<kGeneral>(p, query);
 #pragma unroll
           for (int i = 0; i < 2 * kKeyTiles; ++i) {
             const int key = key0 + 8 * (i / 2) + 2 * (lane % 4) + i % 2;
@@ -439,7 +439,7 @@ cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
 
 template <typename T, typename KV, int kHeadDim>
 cudaError_t prefill(const AttentionParams& p, cudaStream_t stream) {
-  const bool general = p.softcap > 0 || p.bias;
+  const bool general = is_general(p);
   return general ? launch<T, KV, kHeadDim, true>(p, stream)
                  : launch<T, KV, kHeadDim, false>(p, stream);
 }

@@ -45,7 +45,7 @@ struct Shape {
 template <int kHeadDim>
 constexpr int kPitch = kHeadDim + 4;
 template <typename S>
-using OwnShare = Share<kThreads, S::kRows, S::kUnitKeys, S::kUnitKeys, true>;
+using OwnShare = Share<kThreads, S::kRows, S::kUnitKeys, S::kUnitKeys, true, false>;
 
 template <typename S, int kHeadDim>
 struct Shared {

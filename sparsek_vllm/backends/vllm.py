@@ -142,6 +142,10 @@ class SparseKBackend(AttentionBackend):
         return True
 
     @classmethod
+    def supports_mm_prefix(cls) -> bool:
+        return True
+
+    @classmethod
     def supports_batch_invariance(cls) -> bool:
         return cls.is_batch_invariant(current_platform.is_cpu())
 
@@ -207,6 +211,7 @@ class SparseKMetadata(AttentionMetadata):
     block_table: torch.Tensor
     slot_mapping: torch.Tensor
     causal: bool
+    spans: torch.Tensor | None = None  # keys that rows see beyond the mask, where any do
     shared_prefix: SharedPrefix | None = None
     context: LocalContext | None = None
 
@@ -260,6 +265,7 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
             kernels.variant(get_default_config()),
             "none needed" if device.type == "cpu" else kernels.describe(),
         )
+        self.spans: torch.Tensor | None = None  # kept, for graphs that are replayed
         # Layers that vLLM keeps whole on each rank say so in their spec.
         sharded = getattr(kv_cache_spec, "dcp_sharded", True)
         self.ranks: Any = vllm_compat.context_parallel_group() if sharded else None
@@ -283,9 +289,10 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
                 f"got {type(common.causal).__name__}"
             )
         prefix = context = None
+        spans = self._image_spans(common)
         if self.ranks is not None:
             context = self._local_context(common)
-        elif common_prefix_len > 0:
+        elif common_prefix_len > 0 and spans is None:
             prefix = SharedPrefix(
                 common_prefix_len,
                 common.query_start_loc[:: common.num_reqs].contiguous(),
@@ -306,6 +313,7 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
             block_table=common.block_table_tensor,
             slot_mapping=common.slot_mapping,
             causal=common.causal,
+            spans=spans,
             shared_prefix=prefix,
             context=context,
         )
@@ -323,6 +331,38 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
             # Of as many tokens.
             metadata.max_query_len = metadata.num_actual_tokens
         return metadata
+
+    def _image_spans(self, common: CommonAttentionMetadata) -> torch.Tensor | None:
+        """Of each token of an image, the keys of all of it; None if there are no such tokens."""
+        ranges = vllm_compat.image_ranges(self.vllm_config, common)
+        if ranges is None:
+            return None
+        own = [[r for r in ranges.get(b, ()) if r[0] < r[1]] for b in range(common.num_reqs)]
+        most = max((len(images) for images in own), default=0)
+        mode = self.vllm_config.compilation_config.cudagraph_mode
+        replayed = mode is not None and mode.mixed_mode() == CUDAGraphMode.FULL
+        if most == 0 and not replayed:
+            return None
+        device = common.query_start_loc.device
+        if self.spans is None:
+            rows = self.vllm_config.scheduler_config.max_num_batched_tokens
+            self.spans = torch.zeros(rows, 2, dtype=torch.int32, device=device)
+        spans = self.spans[: common.num_actual_tokens]
+        if most == 0:
+            return spans.zero_()
+        padded = [images + [(0, 0)] * (most - len(images)) for images in own]
+        images = torch.tensor(padded, dtype=torch.int32, pin_memory=device.type == "cuda")
+        images = images.to(device, non_blocking=True)
+        # Where a token stands is known on the device alone.
+        ends = common.query_start_loc[1 : common.num_reqs + 1]
+        token = torch.arange(len(spans), dtype=torch.int32, device=device)
+        request = torch.searchsorted(ends, token, right=True).clamp_(max=common.num_reqs - 1)
+        position = (token + common.seq_lens[request] - ends[request]).unsqueeze(1)
+        first, last = images[request].unbind(-1)
+        within = (first <= position) & (position <= last)
+        begin = torch.where(within, first, 0).amax(1)
+        end = torch.where(within & (first < last), last + 1, 0).amax(1)
+        return torch.stack((begin, end), 1, out=spans)
 
     def _local_context(self, common: CommonAttentionMetadata) -> LocalContext:
         world, rank, interleave = self.ranks.world_size, self.ranks.rank_in_group, self.interleave
@@ -433,6 +473,8 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
             "a sliding window": sliding_window is not None,
             "layers that share keys": self.kv_sharing_target_layer_name is not None,
             f"attention type {self.attn_type}": self.attn_type != AttentionType.DECODER.value,
+            "images that attend to themselves": get_current_vllm_config().model_config is not None
+            and get_current_vllm_config().model_config.is_mm_prefix_lm,
             # What is computed at once and what was before depends on the other requests.
             "VLLM_BATCH_INVARIANT": self.batch_invariant,
             **{f"{name} {n} (no power of two)": n & (n - 1) != 0 for name, n in sizes.items()},
@@ -482,6 +524,12 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
             if self.ranks is not None:
                 self._prepare_context_parallelism(query)
             return output.zero_()
+        clamped = getattr(layer, "mm_prefix_clamp_sliding_window", False) and self.side >= 0
+        if clamped and attn_metadata.spans is not None:
+            raise ValueError(
+                f"{vllm_compat.BACKEND_NAME} does not support images whose tokens see no further "
+                "back than the sliding window (mm_prefix_clamp_sliding_window)"
+            )
         tokens = attn_metadata.num_actual_tokens
         q, out = query[:tokens], output.view(-1, self.num_heads, self.head_size)[:tokens]
         kv: PagedKV | DenseKV
@@ -513,6 +561,7 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         """What the layer and ``metadata`` say, where ``arguments`` do not."""
         causal = arguments.get("causal", metadata.causal)
         settings = {
+            "spans": metadata.spans if causal else None,
             "cu_seqlens_q": metadata.query_start_loc,
             "causal": causal,
             "window": (self.side, -1 if causal else self.side),

@@ -90,6 +90,16 @@ def arguments_of(function: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
     return bound.arguments
 
 
+def image_ranges(vllm_config: Any, common: Any) -> dict[int, list[tuple[int, int]]] | None:
+    """Of a model whose images attend to themselves: those of each request, by its index, as their
+    first and last positions. None for other models.
+    """
+    model = vllm_config.model_config
+    if model is None or not model.is_mm_prefix_lm:
+        return None
+    return getattr(common, "mm_req_doc_ranges", None) or {}
+
+
 def is_batch_invariant() -> bool:
     """Whether the operator asks for results that do not depend on the batch."""
     from vllm import envs

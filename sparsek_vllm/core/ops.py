@@ -29,10 +29,10 @@ CUDA_HEAD_DIMS = build.HEAD_DIMS
 
 SCHEMAS = (
     "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor seq_lens, "
-    "Tensor? block_table, Tensor? k_starts, Tensor? q_offsets, Tensor? bias, Tensor? sinks, "
-    "Tensor? k_scale, Tensor? v_scale, Tensor(c!)? workspace, bool hopper, bool batch_invariant, "
-    "int min_seqlen_q, int max_seqlen_q, int max_seqlen_k, float scale, int window_left, "
-    "int window_right, float softcap, Tensor(a!) out, Tensor(b!)? lse) -> ()",
+    "Tensor? block_table, Tensor? k_starts, Tensor? q_offsets, Tensor? spans, Tensor? bias, "
+    "Tensor? sinks, Tensor? k_scale, Tensor? v_scale, Tensor(c!)? workspace, bool hopper, "
+    "bool batch_invariant, int min_seqlen_q, int max_seqlen_q, int max_seqlen_k, float scale, "
+    "int window_left, int window_right, float softcap, Tensor(a!) out, Tensor(b!)? lse) -> ()",
     "attention(Tensor q, Tensor k, Tensor v, Tensor(b!)? workspace, bool hopper, float scale, "
     "Tensor(a!) out) -> ()",
     "write_kv(Tensor key, Tensor value, Tensor(a!) k_cache, Tensor(b!) v_cache, "
@@ -78,6 +78,7 @@ def varlen_attention(
     sinks: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     q_offsets: torch.Tensor | None = None,
+    spans: torch.Tensor | None = None,
     batch_invariant: bool = False,
     min_seqlen_q: int = 0,
     max_seqlen_q: int | None = None,
@@ -111,6 +112,10 @@ def varlen_attention(
         bias: ``[batch, heads, max_q, max_k]``, added to the scores after scale and softcap;
             any strides, so that broadcast dimensions can be expanded views.
         q_offsets: ``[batch]`` int32, position of each request's first query row.
+        spans: ``[total_q, 2]`` int32, contiguous: keys from the first position up to the second,
+            exclusive, that a row sees whatever ``causal`` and ``window`` say, as the tokens of an
+            image see each other. A span must hold its row's own position, and rows of one request
+            have the same or come one after the other; where both are equal there is none.
         batch_invariant: a row's result is the same bits whatever other requests are in the
             batch, and whether its request's rows come at once or in several calls. On CUDA only.
             Long keys are then not split among multiprocessors, so decoding takes longer.
@@ -152,6 +157,11 @@ def varlen_attention(
     _check("lse", lse, (heads, q.shape[0]), (wide,), q.device)
     _check("sinks", sinks, (heads,), FLOAT_DTYPES, q.device)
     _check("q_offsets", q_offsets, (batch,), INDEX_DTYPES, q.device)
+    _check("spans", spans, (q.shape[0], 2), (torch.int32,), q.device)
+    if spans is not None and not spans.is_contiguous():
+        raise ValueError(f"spans must be contiguous, got strides {list(spans.stride())}")
+    if spans is not None and (not q.is_cuda or _checks(q)):
+        _check_spans(spans, cu_seqlens_q, kv.seq_lens, q_offsets)
     if bias is not None:
         _check("bias", bias, None, FLOAT_DTYPES, q.device)
         rows, keys = max_seqlen_q, max_seqlen_k
@@ -174,7 +184,7 @@ def varlen_attention(
                 f"got {min_seqlen_q}"
             )
     if paged is not None and _checks(q):
-        _check_block_table(paged, cu_seqlens_q, q_offsets, left)
+        _check_block_table(paged, cu_seqlens_q, q_offsets, left if spans is None else -1)
     served = kernels.serving(q.device, head_dim)
     arguments = (
         q,
@@ -185,6 +195,7 @@ def varlen_attention(
         paged.block_table if paged else None,
         kv.starts,
         q_offsets,
+        spans,
         bias,
         sinks,
         paged.k_scale if paged else None,
@@ -562,6 +573,28 @@ def _check_last_stride(name: str, tensor: torch.Tensor) -> None:
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         raise ValueError(
             f"{name} must be contiguous in its last dimension, got strides {list(tensor.stride())}"
+        )
+
+
+def _check_spans(
+    spans: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    seq_lens: torch.Tensor,
+    q_offsets: torch.Tensor | None,
+) -> None:
+    """That each holds its row, on which the kernels rely."""
+    lengths = cu_seqlens_q.diff()
+    offsets = seq_lens - lengths if q_offsets is None else q_offsets
+    rows = torch.arange(int(cu_seqlens_q[-1]), device=spans.device)
+    request = torch.repeat_interleave(lengths.long())
+    position = rows - cu_seqlens_q[request] + offsets[request]
+    begin, end = spans[: len(rows)].unbind(1)
+    wrong = (begin != end) & ((begin > position) | (end <= position) | (begin < 0))
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"spans must hold their rows' own positions, got {spans[row].tolist()} for row {row} "
+            f"at position {int(position[row])}"
         )
 
 

@@ -26,6 +26,7 @@ def varlen_attention(
     block_table: torch.Tensor | None,
     k_starts: torch.Tensor | None,
     q_offsets: torch.Tensor | None,
+    spans: torch.Tensor | None,
     bias: torch.Tensor | None,
     sinks: torch.Tensor | None,
     k_scale: torch.Tensor | None,
@@ -58,11 +59,19 @@ def varlen_attention(
         if rows == 0:
             continue
         offset = offsets[b] if offsets is not None else length - rows
+        left, right = window_left, window_right
+        bias_b = None if bias is None else bias[b, :, :rows, :length]
+        if spans is not None and bool((spans[first:last, 0] < spans[first:last, 1]).any()):
+            # All that such a request's rows do not see becomes a bias.
+            seen = _seen_with_spans(spans[first:last], length, offset, left, right)
+            hidden = torch.zeros(seen.shape, dtype=q.dtype).masked_fill_(~seen, -torch.inf)
+            bias_b = hidden.expand(q.shape[1], -1, -1) if bias_b is None else bias_b + hidden
+            left = right = -1
         # Keys that at least one row sees, and rows that see at least one key.
-        begin = max(0, offset - window_left) if window_left >= 0 else 0
-        end = min(length, offset + rows + window_right) if window_right >= 0 else length
-        top = max(0, -(offset + window_right)) if window_right >= 0 else 0
-        bottom = min(rows, length - offset + window_left) if window_left >= 0 else rows
+        begin = max(0, offset - left) if left >= 0 else 0
+        end = min(length, offset + rows + right) if right >= 0 else length
+        top = max(0, -(offset + right)) if right >= 0 else 0
+        bottom = min(rows, length - offset + left) if left >= 0 else rows
         out_b = out[first:last]
         lse_b = lse[:, first:last] if lse is not None else None
         if begin >= end or top >= bottom:
@@ -79,17 +88,17 @@ def varlen_attention(
             v_b = v[start + begin : start + end].transpose(0, 1)
         k_b = _dequantize_heads(k_b, q.dtype, k_scale)
         v_b = _dequantize_heads(v_b, q.dtype, v_scale)
-        bias_b = None if bias is None else bias[b, :, top:bottom, begin:end]
+        bias_b = None if bias_b is None else bias_b[:, top:bottom, begin:end]
         # torch's kernel has no softcap, and would round a wider bias to the dtype of q.
-        exact = softcap > 0 or (bias is not None and bias.dtype != q.dtype)
+        exact = softcap > 0 or (bias_b is not None and bias_b.dtype != q.dtype)
         attend = _attend_by_definition if exact else _attend_flash
         o, row_lse = attend(
             q[first + top : first + bottom].transpose(0, 1),
             k_b,
             v_b,
             offset + top - begin,
-            window_left,
-            window_right,
+            left,
+            right,
             bias_b,
             scale,
             softcap,
@@ -97,9 +106,7 @@ def varlen_attention(
         if bias_b is not None:
             # A row that bias and window mask entirely has no defined softmax.
             masked = bias_b == -torch.inf
-            visible = _visible(
-                bottom - top, end - begin, offset + top - begin, window_left, window_right
-            )
+            visible = _visible(bottom - top, end - begin, offset + top - begin, left, right)
             dead = (masked if visible is None else masked | ~visible).all(-1)
             row_lse = row_lse.masked_fill(dead, -torch.inf)
             o = o.masked_fill(dead.unsqueeze(-1), 0)
@@ -199,6 +206,16 @@ def _visible(rows: int, keys: int, offset: int, left: int, right: int) -> torch.
     if right >= 0:
         visible &= distance <= right
     return visible
+
+
+def _seen_with_spans(
+    spans: torch.Tensor, keys: int, offset: int, left: int, right: int
+) -> torch.Tensor:
+    """``[rows, keys]``, True where row ``i`` sees key ``j``."""
+    key = torch.arange(keys)
+    within = (key >= spans[:, :1]) & (key < spans[:, 1:])
+    visible = _visible(len(spans), keys, offset, left, right)
+    return torch.ones_like(within) if visible is None else within | visible
 
 
 @lru_cache(maxsize=8)
