@@ -105,11 +105,12 @@ inline int64_t most_keys(const AttentionParams& p, int64_t queries) {
   return seen < p.max_seqlen_k ? seen : p.max_seqlen_k;
 }
 
-// As in sparsek_vllm/core/kernels.py. Floats: two parts of what Hopper's prefill kernel computes,
-// of 12 warps' threads 64 sums, two maxima and two sums of weights.
+// As in sparsek_vllm/core/kernels.py. Floats: two parts of what Hopper's prefill kernel computes at
+// head_dim 128, of 12 warps' threads 64 sums, two maxima and two sums of weights. (At 256 that is
+// room for one of 8 warps.)
 constexpr int kWorkspaceFloats = 2 * 12 * 32 * (64 + 4), kWorkspaceCounters = 16;
 // Of Hopper's decode kernel, since both can run at the same time: two parts of 32 rows of 128
-// dimensions with their maxima and sums; as many counters as keep the rest aligned.
+// dimensions (or 16 of 256) with their maxima and sums; as many counters as keep the rest aligned.
 constexpr int kDecodeFloats = 2 * 32 * (128 + 2), kDecodeCounters = 4;
 constexpr int kTileCounters = 4;  // as many as keep the rest aligned
 

@@ -56,7 +56,7 @@ once. Tiles that cannot be built are refused with the list of those that can. Ho
 are persistent, warp-specialised and use TMA; with one of these three fields `False`, or with tiles
 that only the portable kernels can have, `"auto"` means those, which are and use none of it. Tiles
 that only Hopper's own can have (`Config(block_m=128, block_n=128)`) leave the portable ones, which
-have the other head sizes there, as they are, and are refused on other GPUs. A `Config` takes effect
+have the other head sizes there, and over fp8 the prefill of 256, as they are, and are refused on other GPUs. A `Config` takes effect
 when it is set, not when a field of it changes later.
 
 ## More variables
@@ -180,7 +180,8 @@ refused at start-up.
 | ---{" | ---" * len(columns)} |
 {table}
 
-Head sizes {own} run on Hopper's own kernels, the others on the portable ones. The CPU reference
+Head sizes {own} run on Hopper's own kernels, but for what [takes portable
+ones](KERNELS.md#on-hopper) there too, the others on the portable ones. The CPU reference
 takes {on_cpu}, and keeps keys and values in {", ".join(backend.kv_cache_dtypes(on_cpu=True))};
 it is not batch-invariant.
 
@@ -196,6 +197,7 @@ What vLLM does around attention, and the test that shows it with this backend:
 | fp8 KV cache | `tests/test_vllm_engine.py` | `tests/gpu/test_vllm_features.py` |
 | torch.compile, every mode of CUDA graphs | | `tests/gpu/test_vllm_features.py` |
 | attention without a causal mask | `tests/test_vllm_attention_types.py` | |
+| images whose tokens attend to each other (as in Gemma 3), without a vision tower | `tests/test_vllm_attention_types.py` | `tests/test_kernels.py` |
 | shared prefixes (cascade attention) | `tests/test_vllm_attention_types.py` \
 | `tests/gpu/test_vllm_features.py` |
 | batch invariance | `tests/test_kernels.py`, emulated | `tests/gpu/test_vllm_models.py` |

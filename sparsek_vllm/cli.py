@@ -117,6 +117,10 @@ def _bench(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             measured[name] = list(kernels.SETS[name](options.warm))
             print(report.table(name, measured[name]) + "\n", flush=True)
             save()
+    if options.plots and measured:
+        for path in report.plot(Path(options.plots), environment, measured):
+            print(path)
+    kernels.free_memory()  # for engines
     if "floor" in chosen:
         floors = floor.run(get_default_config().build_path())
         print(floor.table(floors) + "\n", flush=True)
@@ -137,9 +141,6 @@ def _bench(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             compilation_config=options.compilation_config,
         )
         save()
-    if options.plots:
-        for path in report.plot(Path(options.plots), environment, measured):
-            print(path)
     return 0
 
 

@@ -69,8 +69,9 @@ def test_every_set_of_benchmarks_is_told_of() -> None:
 
 
 def test_engines_of_several_gpus_take_turns() -> None:
-    assert serving.sittings(["ours", "theirs"], 1) == [["ours", "theirs"]]
-    assert serving.sittings(["ours", "theirs"], 2) == [["ours"], ["theirs"]]
+    assert serving.sittings(["ours", "theirs"], 1, fit=True) == [["ours", "theirs"]]
+    assert serving.sittings(["ours", "theirs"], 1, fit=False) == [["ours"], ["theirs"]]
+    assert serving.sittings(["ours", "theirs"], 2, fit=True) == [["ours"], ["theirs"]]
 
 
 def test_unknown_command() -> None:

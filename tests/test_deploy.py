@@ -139,12 +139,16 @@ def instructions(path: Path) -> dict[str, Any]:
     return found
 
 
+_PRIVATE = ("unshare", "--mount", "--propagation", "private")
+
+
 class Root:
     """A root file system that takes the instructions of a Dockerfile.
 
-    What it needs of this machine is mounted read-only, and only in the mount namespace of the
-    process that needs it: whoever deletes the folder, even after a run that was killed, deletes
-    nothing else.
+    What it needs of this machine (/proc, /sys, where packages are) is mounted read-only, without
+    what is mounted below it, and only in the mount namespace of the process that needs it. So
+    nobody in there changes it, and whoever deletes the folder, even after a run that was killed,
+    deletes nothing else.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -153,7 +157,7 @@ class Root:
         self.mounts: list[Path] = []
 
     def bootstrap(self, release: str) -> None:
-        command("debootstrap", "--variant=minbase", release, self.folder)
+        command(*_PRIVATE, "debootstrap", "--variant=minbase", release, self.folder)
         # The way to package registries is this machine's, not the image's.
         for name in ("/etc/resolv.conf", "/etc/hosts", "/etc/apt/apt.conf.d"):
             if Path(name).is_dir():
@@ -170,15 +174,17 @@ class Root:
                 if Path(path).is_dir():  # an index leads to wheels beside it
                     self.mounts.append(Path(*Path(path).parts[:3]))
         self.pip = {f"PIP_{k.upper().replace('-', '_')}": v for k, v in settings.items()}
-        self.mounts += [Path("/proc"), Path("/dev"), Path("/sys")]
+        self.mounts += [Path("/proc"), Path("/sys")]
         for path in self.mounts:
             Path(f"{self.folder}{path}").mkdir(parents=True, exist_ok=True)
+        (self.folder / "dev/shm").mkdir(parents=True, exist_ok=True)
 
     def arguments(self, inside: list[str]) -> list[str]:
         user, folder = f"{self.user}:{self.user}", shlex.quote(str(self.folder))
-        steps = [f"mount -o rbind,ro {path} {folder}{path}" for path in dict.fromkeys(self.mounts)]
+        steps = [f"mount -o bind,ro {path} {folder}{path}" for path in dict.fromkeys(self.mounts)]
+        steps.append(f"mount -t tmpfs tmpfs {folder}/dev/shm")
         steps.append(f'exec chroot --userspec={user} {folder} "$0" "$@"')
-        change = ["unshare", "--mount", "--propagation", "private", "sh", "-c", " && ".join(steps)]
+        change = [*_PRIVATE, "sh", "-c", " && ".join(steps)]
         return [*change, "sh", "-c", 'cd "$0" && exec "$@"', self.workdir, *inside]
 
     def env(self, **more: str) -> dict[str, str]:

@@ -47,7 +47,7 @@ constexpr int block_n(int head_dim, int groups) {
 // registers, and so do sums of longer rows.
 constexpr int most_groups(int head_dim, bool fp8) { return head_dim > 128 || fp8 ? 2 : 3; }
 // What a tile takes beside its warpgroups, where each of them takes 1.
-// (With fp8 as with a head_dim of 64: it has not been fitted.)
+// (With fp8 as with a head_dim of 64, at 256 as at 128: these have not been fitted.)
 constexpr float tile_cost(int head_dim, bool fp8) { return head_dim == 64 || fp8 ? 3 : 0.5f; }
 
 enum Barrier : int { kTileTaken = 1, kFirstTurn = 2, kFirstGroup = 5, kWidening = 8 };
@@ -106,8 +106,8 @@ struct Tile {
 };
 
 struct Split {
-  int whole;   // tiles that no one splits, the first
-  int pieces;  // of each other, if it has as many keys
+  int whole;   // the first so many tiles stay whole
+  int pieces;  // of each of the rest, if it has keys for them
   float cost;  // of the launch, in the time that a tile of keys takes
 };
 
@@ -178,6 +178,7 @@ __host__ __device__ inline Split best_split(const PrefillParams& d, int tiles) {
   Split best{rounds * blocks, 1, cost(1)};
   const int most = d.attention.batch_invariant || rest == 0 ? 1 : d.most_parts / rest;
   for (int n = 2; n <= most && n * kLeastPiece <= d.keys; ++n) {
+    if (kTileOverhead + kJoinCost + n * kPieceCost >= best.cost) break;
     const float own = cost(n) + kJoinCost + n * kPieceCost;
     if (own < best.cost) best = {rounds * blocks, n, own};
   }
@@ -206,13 +207,13 @@ __device__ bool find_tile(const PrefillParams& d, const Shared<S>& shared, int i
   const int* up_to = shared.tiles_up_to;
   const int total = up_to[S::kThreads - 1];
   found.request.index = kEnd;
-  const int behind = id - shared.split.whole;  // the first of those that may be split
+  const int split_id = id - shared.split.whole;  // counts pieces of tiles that are split
   found.piece = found.number = 0;
   int most = 1;
-  if (behind >= 0) {
+  if (split_id >= 0) {
     most = shared.split.pieces;
-    found.number = behind / most;
-    found.piece = behind - found.number * most;
+    found.number = split_id / most;
+    found.piece = split_id - found.number * most;
     id = shared.split.whole + found.number;
   }
   if (id >= total * p.kv_heads) return true;
@@ -450,6 +451,7 @@ __device__ void load_queries(const PrefillParams& d, Shared<S>& shared, int thre
         reinterpret_cast<int*>(&tile)[i] = reinterpret_cast<const int*>(&shared.found)[i];
       warp_arrive(&shared.tile_full[tiles.index]);
       if (thread == 0 && shared.found.request.index != kEnd) id = next_id();
+      // The tile before has the other entry, of the phase before if that is the second.
       if (S::kQueryPlaces == 1)
         mbarrier_wait(&shared.q_empty[tiles.index ^ 1], tiles.phase ^ tiles.index ^ 1);
     }
@@ -538,7 +540,8 @@ __device__ void narrow_queries(char* q, int warp_row, float (&factors)[2]) {
   }
 }
 
-// What the warps of one row of places leave of the pieces of a tile, in the workspace.
+// What a warp, and those in its place in other blocks, leave of the pieces of a tile, in the
+// workspace.
 template <int kWarps, int kHeadDim>
 struct Parts {
   static constexpr int kSums = kHeadDim / 8, kPart = part_floats(kWarps, kHeadDim) / 4;  // float4s
@@ -585,7 +588,7 @@ struct Parts {
     return true;
   }
 
-  // Four times four of the sums from i on, over all pieces, in their order.
+  // Of a thread's sums, taken in fours, fours i to i + 3 over all pieces, in their order.
   __device__ void add_up(int i, const float (&scale_log2e)[2], const float (&peak)[2],
                          float4 (&total)[4]) const {
 #pragma unroll(kHeadDim > 128 ? 8 : 4)  // as many loads in flight as there are registers for
@@ -947,6 +950,11 @@ __global__ void __launch_bounds__(Shape<KV, kHeadDim, kGroups>::kThreads, 1)
   if (beside_decode) wait_for_previous_kernel();
 }
 
+// Parts of split tiles that the workspace has room for.
+int most_parts(const AttentionParams& p, int groups, int head_dim) {
+  return std::min(2, kWorkspaceFloats / part_floats(4 * groups, head_dim)) * p.multiprocessors;
+}
+
 template <typename T, typename KV, int kHeadDim, int kGroups>
 cudaError_t launch(PrefillParams& d, cudaStream_t stream) {
   using S = Shape<KV, kHeadDim, kGroups>;
@@ -954,6 +962,8 @@ cudaError_t launch(PrefillParams& d, cudaStream_t stream) {
   static_assert(kBytes <= kSharedBytes);
   const AttentionParams& p = d.attention;
   d.box_keys = box_keys(p, S::kBlockN);
+  d.most_parts = most_parts(p, kGroups, kHeadDim);
+  static_assert(part_floats(4 * kGroups, kHeadDim) <= kWorkspaceFloats);
   constexpr int kBoxBytes = S::kRowBytes < kChunkBytes ? S::kRowBytes : kChunkBytes;
   const auto map = [&](CUtensorMap* to, const KVTensor& tensor) {
     return make_tensor_map<KV>(to, tensor, p.kv_heads, S::kRowBytes, d.box_keys, kBoxBytes);
@@ -973,7 +983,7 @@ cudaError_t launch(PrefillParams& d, cudaStream_t stream) {
 
 // How many warpgroups a block has: as many as share their keys well, fewer where that leaves
 // multiprocessors idle or tiles half empty. Requests are taken to be as long as the longest.
-int choose_groups(const PrefillParams& d, int most, float tile_cost) {
+int choose_groups(PrefillParams d, int head_dim, int most, float tile_cost) {
   const AttentionParams& p = d.attention;
   if (SPARSEK_HOPPER_WARPGROUPS) return std::min(SPARSEK_HOPPER_WARPGROUPS, most);
   if (p.batch_invariant) return 2;  // others are compiled apart, and may round otherwise
@@ -984,6 +994,7 @@ int choose_groups(const PrefillParams& d, int most, float tile_cost) {
   for (int groups = most; groups > 0; --groups) {
     const int64_t tiles = (rows + 64 * groups - 1) / (64 * groups) * requests * p.kv_heads;
     const int few = static_cast<int>(std::min<int64_t>(tiles, 1 << 24));
+    d.most_parts = most_parts(p, groups, head_dim);
     const float cost = best_split(d, few).cost * (tile_cost + groups);
     if (groups == most || cost < least) best = groups, least = cost;
   }
@@ -1006,9 +1017,7 @@ cudaError_t prefill(const AttentionParams& p, cudaStream_t stream) {
          (p.kv_heads % d.section_heads || d.section_heads * head_bytes > kSectionBytes))
     --d.section_heads;
   constexpr int kMostGroups = most_groups(kHeadDim, sizeof(KV) == 1);
-  constexpr int kPartFloats = part_floats(4 * kMostGroups, kHeadDim);
-  d.most_parts = std::min(2, kWorkspaceFloats / kPartFloats) * p.multiprocessors;
-  switch (choose_groups(d, kMostGroups, tile_cost(kHeadDim, sizeof(KV) == 1))) {
+  switch (choose_groups(d, kHeadDim, kMostGroups, tile_cost(kHeadDim, sizeof(KV) == 1))) {
     case 1:
       return launch<T, KV, kHeadDim, 1>(d, stream);
     case 2:

@@ -15,7 +15,7 @@ constexpr bool has_head_dim(int head_dim) {
 constexpr bool has_prefill(int head_dim, bool fp8) {
   return has_head_dim(head_dim) && (head_dim <= 128 || !fp8);
 }
-// That a unit of decode's work has.
+// Rows that a unit of decode's work has at most.
 constexpr int most_decode_rows(int head_dim) { return head_dim > 128 ? 16 : 32; }
 
 // Whether the tensor memory accelerator can read a dimension: strides are below 2^40 bytes, and not
@@ -31,7 +31,7 @@ inline bool has_tensor_map(const KVTensor& tensor, int kv_heads) {
 }
 
 // Requests that are not Request::is_decode(), where both k and v have a tensor map; without softcap
-// and bias. For what has_prefill().
+// and bias. Only where has_prefill().
 template <typename T, typename KV, int kHeadDim>
 cudaError_t prefill(const AttentionParams& params, cudaStream_t stream);
 

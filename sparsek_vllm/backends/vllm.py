@@ -32,6 +32,7 @@ from sparsek_vllm.core import (
     varlen_attention,
     write_kv,
 )
+from sparsek_vllm.core.attention import HEAD_DIMS
 from sparsek_vllm.kv_cache import kv_views
 
 # vLLM shows what loggers under its own name say.
@@ -76,7 +77,7 @@ class SparseKBackend(AttentionBackend):
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
         """The published ones; :meth:`supports_head_size` knows all."""
-        return list(build.HOPPER_HEAD_DIMS)
+        return list(HEAD_DIMS)
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsek_vllm.backends.vllm_compat import BACKEND_NAME
-from sparsek_vllm.bench.serving import sittings, write_shape
+from sparsek_vllm.bench.serving import BESIDE_KV_BYTES, sittings, write_shape
 from sparsek_vllm.demo import SERVED_NAME, Server
 from sparsek_vllm.demo_model import demo_model_path
 
@@ -44,7 +44,6 @@ LOADS = (
     Load(256, 16384, 256, 256),
 )
 _WARM_UP = Load(32, 1024, 32, 64)
-_BESIDE_KV_BYTES = 24 << 30  # of an engine: weights of 8B parameters, activations, graphs
 METRICS = ("total_token_throughput", "median_ttft_ms", "median_tpot_ms")
 
 
@@ -65,7 +64,7 @@ def run(
     """
     results = []
     longest = max(load.prompt + load.answer for load in loads)
-    groups = sittings(backends, tensor_parallel_size)
+    groups = sittings(backends, tensor_parallel_size, fit=True)
     settings = (
         *("--load-format", "dummy", "--max-model-len", str(longest + 64)),
         *("--max-num-seqs", str(max(load.clients for load in loads))),
@@ -104,7 +103,7 @@ def _kv_bytes(engines: int) -> int:
     import torch
 
     free, _ = torch.cuda.mem_get_info()
-    size = int(0.95 * free) // engines - _BESIDE_KV_BYTES
+    size = int(0.95 * free) // engines - BESIDE_KV_BYTES
     if size < 1 << 30:
         raise RuntimeError(f"{engines} engines do not fit into the {free >> 30} GiB that are free")
     return size

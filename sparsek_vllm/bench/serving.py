@@ -59,6 +59,7 @@ WORKLOADS = {
     "llama-3.2-1b": ((1, 65536), (64, 8192), (8, 65536)),
 }
 _KV_BYTES = 38 << 30  # of an engine, on all its GPUs
+BESIDE_KV_BYTES = 24 << 30  # of one on one GPU: weights of 8B parameters, activations, graphs
 _STEPS = 64
 _REPEATS = 3
 
@@ -70,13 +71,25 @@ def write_shape(folder: Path, shape: str) -> Path:
     return folder
 
 
-def sittings(backends: Sequence[str], tensor_parallel_size: int) -> list[list[str]]:
+def sittings(backends: Sequence[str], tensor_parallel_size: int, fit: bool) -> list[list[str]]:
     """The backends that are alive together.
 
-    On several GPUs an engine's kernels wait for each other, and those of two engines get into each
-    other's way.
+    Not where their engines do not fit. And on several GPUs an engine's kernels wait for each other,
+    and those of two engines get into each other's way.
     """
-    return [[b] for b in backends] if tensor_parallel_size > 1 else [list(backends)]
+    together = fit and tensor_parallel_size == 1
+    return [list(backends)] if together else [[b] for b in backends]
+
+
+def _fit(engines: int) -> bool:
+    """Whether so many fit on one GPU together."""
+    import torch
+
+    free, _ = torch.cuda.mem_get_info()
+    fit = engines * (_KV_BYTES + BESIDE_KV_BYTES) <= free
+    if not fit:
+        print(f"{engines} engines do not fit into {free >> 30} GiB: they take turns", flush=True)
+    return fit
 
 
 def run(
@@ -114,7 +127,8 @@ def run(
         }
         for batch, context in workloads
     ]
-    for together in sittings(backends, tensor_parallel_size):
+    fit = tensor_parallel_size > 1 or _fit(len(backends))
+    for together in sittings(backends, tensor_parallel_size, fit):
         with contextlib.ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             write_shape(folder, shape)

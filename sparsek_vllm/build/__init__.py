@@ -37,7 +37,7 @@ ARCHS = tuple(_GENCODE)
 # A GPU's own kernels, for it alone.
 _NATIVE_GENCODE = {"90": ("arch=compute_90a,code=sm_90a",)}
 
-# As in csrc/ops.cu. Hopper's own kernels have two of them.
+# As in csrc/ops.cu. Hopper's own kernels have three of them.
 HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 256)
 HOPPER_HEAD_DIMS = (64, 128, 256)
 # Of queries; keys and values have the same, or fp8.
@@ -397,7 +397,7 @@ def _lock(path: Path) -> Iterator[None]:
 
 HOPPER_TILES = (
     "those of Hopper's own prefill are: block_m 128 or 192, num_warps a sixteenth of it, "
-    "block_n 128 (80 with a head_dim of 256, or of 128 and 192 rows), num_stages 3 to 6"
+    "block_n 128, num_stages 3 to 6; where registers are short there are fewer rows or keys"
 )
 
 

@@ -53,7 +53,7 @@ def test_cache_beyond_32_bit_offsets() -> None:
     torch.testing.assert_close(batch.run(kv)[0].double(), batch.expected()[0], rtol=3e-2, atol=3e-2)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize(
     "lengths",
     [
@@ -95,20 +95,22 @@ def test_error_is_that_of_flash_attention_3(dtype, lengths, head_dim) -> None:
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["16-bit", "fp8"])
 @pytest.mark.parametrize("window", [(-1, -1), (40, -1), (100, 30)], ids=str)
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_many_tiles(head_dim: int, window: tuple[int, int], fp8: bool) -> None:
     """More tiles than multiprocessors: blocks of as many warpgroups as there can be, one after the
     other."""
     lengths = [(900, 1500), (1, 3000), (3000, 3000), (130, 129)]
-    batch = Batch(lengths, 8, 4, head_dim, fp8=fp8)
-    batch.check(causal=window != (100, 30), window=window)
+    for group in (4, 3):  # queries that are boxes, and others
+        batch = Batch(lengths, 8, group, head_dim, fp8=fp8)
+        batch.check(causal=window != (100, 30), window=window)
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["16-bit", "fp8"])
 def test_one_long_request_among_many(fp8: bool) -> None:
     """Of as many rows as the others: it alone is split, and they are prefill's."""
     lengths = [(16, 40000), *[(16, 900 + i) for i in range(20)], (1, 33000), (9, 33000), (8, 100)]
-    Batch(lengths, 8, 4, 64, fp8=fp8).check()
+    for head_dim in (64, 256):
+        Batch(lengths, 8, 4, head_dim, fp8=fp8).check()
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["16-bit", "fp8"])
@@ -122,9 +124,8 @@ def test_few_tokens_on_very_long_keys(lengths: list[tuple[int, int]], fp8: bool)
 
 def test_the_kernels_that_run() -> None:
     """The path is named before the dispatch: what did it launch?"""
-    batch = Batch([(1, 2000), (300, 600)], 2, 4, 64)
 
-    def launched(**options) -> set[str]:
+    def launched(batch: Batch, **options) -> set[str]:
         batch.run(**options)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             batch.run(**options)
@@ -136,8 +137,17 @@ def test_the_kernels_that_run() -> None:
         }
 
     own = "sm90" if PATH == "hopper" else "portable"
-    assert launched() == {f"{own} prefill", f"{own} decode"}
-    assert launched(softcap=20.0) == {"portable prefill", f"{own} decode"}
+    lengths = [(1, 2000), (300, 600)]
+    spans = torch.zeros(301, 2, dtype=torch.int32, device=CUDA)
+    for head_dim in (64, 256):
+        batch = Batch(lengths, 2, 4, head_dim)
+        assert launched(batch) == {f"{own} prefill", f"{own} decode"}
+        assert launched(batch, softcap=20.0) == {"portable prefill", f"{own} decode"}
+        assert launched(batch, spans=spans) == {"portable prefill", "portable decode"}
+    batch = Batch(lengths, 2, 4, 64, fp8=True)
+    assert launched(batch) == {f"{own} prefill", f"{own} decode"}
+    batch = Batch(lengths, 2, 4, 256, fp8=True)
+    assert launched(batch) == {"portable prefill", f"{own} decode"}
 
 
 # CUDA graphs and synchronisation
@@ -375,7 +385,7 @@ import sys
 sys.path[:0] = ["tests"]
 import torch
 from batches import Batch
-for head_dim in (64, 128):
+for head_dim in (64, 128, 256):
     many = Batch([(1200, 1300), (1, 300)], 8, 4, head_dim)  # tiles for all warpgroups, twice over
     many.run()
     many.run(window=(100, 30), causal=False)
@@ -392,9 +402,13 @@ for head_dim in (64, 128):
     fp8.run()
     Batch([(400, 3000)], 4, 4, head_dim, fp8=True).run()
     fp8.run(softcap=10.0, window=(40, -1))
-for head_dim in (80, 256):
-    for fp8 in (False, True):
-        Batch(lengths, 2, 4, head_dim, fp8=fp8).run()
+    blocks = torch.cuda.get_device_properties(0).multi_processor_count
+    Batch([(60, 2200)], blocks + 8, 1, head_dim).run()  # whole tiles, then some in pieces
+    spans = torch.zeros(len(batch.q), 2, dtype=torch.int32, device="cuda")
+    spans[5:95] = torch.tensor([60, 150])
+    batch.run(spans=spans, window=(40, -1))
+for fp8 in (False, True):
+    Batch(lengths, 2, 4, 80, fp8=fp8).run()
 torch.cuda.synchronize()
 print("all launched")
 """
