@@ -56,8 +56,8 @@ once. Tiles that cannot be built are refused with the list of those that can. Ho
 are persistent, warp-specialised and use TMA; with one of these three fields `False`, or with tiles
 that only the portable kernels can have, `"auto"` means those, which are and use none of it. Tiles
 that only Hopper's own can have (`Config(block_m=128, block_n=128)`) leave the portable ones, which
-have the other head sizes there, and over fp8 the prefill of 256, as they are, and are refused on other GPUs. A `Config` takes effect
-when it is set, not when a field of it changes later.
+have the other head sizes there, and over fp8 the prefill of 256, as they are, and are refused on
+other GPUs. A `Config` takes effect when it is set, not when a field of it changes later.
 
 ## More variables
 
@@ -197,7 +197,8 @@ What vLLM does around attention, and the test that shows it with this backend:
 | fp8 KV cache | `tests/test_vllm_engine.py` | `tests/gpu/test_vllm_features.py` |
 | torch.compile, every mode of CUDA graphs | | `tests/gpu/test_vllm_features.py` |
 | attention without a causal mask | `tests/test_vllm_attention_types.py` | |
-| images whose tokens attend to each other (as in Gemma 3), without a vision tower | `tests/test_vllm_attention_types.py` | `tests/test_kernels.py` |
+| images whose tokens attend to each other (as in Gemma 3), without a vision tower \
+| `tests/test_vllm_attention_types.py` | `tests/test_kernels.py` |
 | shared prefixes (cascade attention) | `tests/test_vllm_attention_types.py` \
 | `tests/gpu/test_vllm_features.py` |
 | batch invariance | `tests/test_kernels.py`, emulated | `tests/gpu/test_vllm_models.py` |

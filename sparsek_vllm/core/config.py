@@ -61,8 +61,8 @@ class Config:
     192 by 128, ``num_warps`` a sixteenth of ``block_m``, 3 to 6 stages: with other fields
     ``"auto"`` is portable, and ``"hopper"`` is refused when kernels are loaded. There 192 rows mean
     128 with fp8 or a head_dim of 256; there are 80 keys with 192 rows at 128 and always at 256; and
-    ``num_stages`` is what fits, two at 256. The portable kernels' tiles are what they are above a head_dim of 128, and ``block_m`` with fp8,
-    softcap or bias.
+    ``num_stages`` is what fits, two at 256. The portable kernels' tiles are what they are above a
+    head_dim of 128, and ``block_m`` with fp8, softcap, bias or spans.
 
     Raises:
         ValueError: a field has a value that no kernel can have.
