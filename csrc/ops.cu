@@ -329,9 +329,9 @@ void varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
   if (k_starts) p.k_starts = int32_data("starts", *k_starts);
   if (q_offsets) p.q_offsets = int32_data("q_offsets", *q_offsets);
   if (spans) {
-    check(spans->dim() == 2 && spans->size(1) == 2 && spans->stride(0) == 2,
-          "spans must be contiguous on CUDA");
     p.spans = int32_data("spans", *spans);
+    check(spans->is_contiguous() && reinterpret_cast<uintptr_t>(p.spans) % 8 == 0,
+          "spans must be contiguous and begin at a multiple of 8 bytes on CUDA");
   }
   if (sinks) {
     p.sinks = sinks->data_ptr();

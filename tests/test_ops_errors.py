@@ -82,6 +82,9 @@ FP8S = "torch.float8_e4m3fn, torch.float8_e5m2"
 PAGED = "[num_blocks, block_size, kv_heads, head_dim]"
 WINDOW = "window must be (left, right), each -1 for no limit or at least 0, got"
 SOFTCAP = "softcap must be 0 (off) or a positive finite number, got"
+SPANS = (
+    "spans must hold their rows' own positions and be the same for all rows that stand in them, got"
+)
 SCALE = "scale must be a positive finite number, got"
 
 ATTENTION = [
@@ -181,6 +184,12 @@ ATTENTION = [
     ),
     ({"q_offsets": ints(0, 0)}, "q_offsets must have shape [1], got [2]"),
     ({"q_offsets": ints(0).to("meta")}, "q_offsets must be on cpu, got meta"),
+    ({"spans": zeros(2, 2).int()}, "spans must have shape [3, 2], got [2, 2]"),
+    ({"spans": zeros(3, 2)}, "spans must be torch.int32, got torch.float32"),
+    ({"spans": zeros(3, 4).int()[:, ::2]}, "spans must be contiguous, got strides [4, 2]"),
+    ({"spans": ints(0, 18, 0, 5, 0, 0).view(3, 2)}, f"{SPANS} [0, 5] for row 1 at position 18"),
+    ({"spans": ints(5, 20, 0, 0, 0, 0).view(3, 2)}, f"{SPANS} [0, 0] for row 1 at position 18"),
+    ({"spans": ints(0, 0, 0, 0, 17, 20).view(3, 2)}, f"{SPANS} [17, 20] for row 2 at position 19"),
     ({"k_scale": torch.ones(3)}, "k_scale must have 1 or kv_heads=2 elements, got 3"),
     ({"v_scale": torch.ones(0)}, "v_scale must have 1 or kv_heads=2 elements, got 0"),
     # options
@@ -589,6 +598,7 @@ def test_debug_mode_lets_valid_calls_pass(debug):
     attend(block_table=ints(0, 1, 2**30, -7).view(1, 4))  # 20 keys are two pages
     attend(seq_lens=ints(0), block_table=ints(-7, -7).view(1, 2))
     attend(kv=dense())
+    attend(spans=ints(17, 18, 18, 20, 18, 20).view(3, 2))
     write()
     write(slot_mapping=torch.tensor([], dtype=torch.int64))
 

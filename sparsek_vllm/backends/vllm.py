@@ -342,7 +342,8 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
         most = max((len(images) for images in own), default=0)
         mode = self.vllm_config.compilation_config.cudagraph_mode
         replayed = mode is not None and mode.mixed_mode() == CUDAGraphMode.FULL
-        if most == 0 and not replayed:
+        # Other kernels serve steps with spans, whose last bits may differ.
+        if most == 0 and not replayed and not vllm_compat.is_batch_invariant():
             return None
         device = common.query_start_loc.device
         if self.spans is None:

@@ -114,10 +114,12 @@ def varlen_attention(
         q_offsets: ``[batch]`` int32, position of each request's first query row.
         spans: ``[total_q, 2]`` int32, contiguous: keys from the first position up to the second,
             exclusive, that a row sees whatever ``causal`` and ``window`` say, as the tokens of an
-            image see each other. A span must hold its row's own position, and rows of one request
-            have the same or come one after the other; where both are equal there is none.
+            image see each other. A span holds its row's own position, and the request's other rows
+            that stand in it have the same one; where both are equal there is none. (Checked on CPU
+            and in debug mode.)
         batch_invariant: a row's result is the same bits whatever other requests are in the
-            batch, and whether its request's rows come at once or in several calls. On CUDA only.
+            batch, and whether its request's rows come at once or in several calls, if all calls
+            have ``spans`` or none has. On CUDA only.
             Long keys are then not split among multiprocessors, so decoding takes longer.
         min_seqlen_q: no query length is shorter. Where the caller knows that all are long, the
             launch for short ones is saved. On CUDA it is believed: shorter ones may then be left
@@ -219,7 +221,7 @@ def varlen_attention(
         # The kernels have refused before any launch; this says it in the words of our arguments,
         # and would cost each call as much as the launch.
         if q.is_cuda:
-            _check_cuda_attention(q, kv, cu_seqlens_q, q_offsets, out)
+            _check_cuda_attention(q, kv, cu_seqlens_q, q_offsets, spans, out)
         raise
     stats.record("varlen_attention", served.path, q.shape[0])
     if return_lse:
@@ -479,6 +481,7 @@ def _check_cuda_attention(
     kv: PagedKV | DenseKV,
     cu_seqlens_q: torch.Tensor,
     q_offsets: torch.Tensor | None,
+    spans: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
     """What the kernels ask for beyond the definition of the op."""
@@ -506,6 +509,10 @@ def _check_cuda_attention(
             _check_last_stride(name, index)
     for name, tensor in (("q", q), ("k", kv.k), ("v", kv.v), ("out", out)):
         _check_aligned(name, tensor)
+    if spans is not None and spans.data_ptr() % 8:
+        raise ValueError(
+            f"spans must begin at a multiple of 8 bytes on CUDA, got address {spans.data_ptr():#x}"
+        )
 
 
 def _check_aligned(name: str, tensor: torch.Tensor) -> None:
@@ -582,7 +589,7 @@ def _check_spans(
     seq_lens: torch.Tensor,
     q_offsets: torch.Tensor | None,
 ) -> None:
-    """That each holds its row, on which the kernels rely."""
+    """That each holds its row, and all rows in it have it: the kernels rely on that."""
     lengths = cu_seqlens_q.diff()
     offsets = seq_lens - lengths if q_offsets is None else q_offsets
     rows = torch.arange(int(cu_seqlens_q[-1]), device=spans.device)
@@ -590,11 +597,16 @@ def _check_spans(
     position = rows - cu_seqlens_q[request] + offsets[request]
     begin, end = spans[: len(rows)].unbind(1)
     wrong = (begin != end) & ((begin > position) | (end <= position) | (begin < 0))
+    # The next row of the request has another one, though it or this row stands in both.
+    differs = (begin[1:] != begin[:-1]) | (end[1:] != end[:-1])
+    reaches_on = (begin < end)[:-1] & (end[:-1] > position[1:])
+    reaches_back = (begin < end)[1:] & (begin[1:] <= position[:-1])
+    wrong[1:] |= (request[1:] == request[:-1]) & differs & (reaches_on | reaches_back)
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0])
         raise ValueError(
-            f"spans must hold their rows' own positions, got {spans[row].tolist()} for row {row} "
-            f"at position {int(position[row])}"
+            "spans must hold their rows' own positions and be the same for all rows that stand in "
+            f"them, got {spans[row].tolist()} for row {row} at position {int(position[row])}"
         )
 
 
