@@ -253,7 +253,7 @@ void run_attention(AttentionParams& p, const Tensor& q, bool fp8, const Optional
            sm90::has_head_dim(static_cast<int>(head_dim)) &&
            sm90::has_tensor_map(p.k, p.kv_heads) && sm90::has_tensor_map(p.v, p.kv_heads);
   const bool hopper_prefill =
-      hopper && !is_general(p) && sm90::has_prefill(static_cast<int>(head_dim), fp8);
+      hopper && !p.bias && sm90::has_prefill(static_cast<int>(head_dim), fp8, p.softcap > 0);
 #else
   const bool hopper_prefill = hopper = false;
 #endif

@@ -106,6 +106,11 @@ __device__ inline uint16_t narrow_to_fp8(float low, float high) {
 // Bytes 0, 2, 1, 3.
 __device__ inline uint32_t swap_inner_bytes(uint32_t x) { return __byte_perm(x, 0, 0x3120); }
 
+__device__ inline float reciprocal_approx(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;\n" : "=f"(result) : "f"(x));
+  return result;
+}
 __device__ inline float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));

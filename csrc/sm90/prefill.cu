@@ -136,6 +136,9 @@ struct PrefillParams {
   int keys;           // that 64 rows need, by the longest request
   int most_parts;     // of split tiles, that the workspace has room for
   int own_tiles;      // one a block, its first; none if blocks begin at different times
+  // A score x with softcap is cap * tanh(scale * x / cap): here times log2(e), and as factor of x
+  // in a power of two.
+  float softcap_log2e, softcap_rate;
 };
 
 // Place in a ring.
@@ -612,7 +615,7 @@ struct Parts {
   }
 };
 
-template <typename T, typename KV, int kHeadDim, int kGroups>
+template <typename T, typename KV, int kHeadDim, bool kSoftcap, int kGroups>
 __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGroups>>& shared,
                         int group) {
   using S = Shape<KV, kHeadDim, kGroups>;
@@ -675,6 +678,12 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
       wgmma_values<M>(out, weights[step], at_offset(v, step * 16 * kChunkBytes));
     wgmma_commit();
   };
+  // With softcap, tanh as 1 - 2 / (1 + exp(2x)): tanh.approx is too coarse. It grows with the
+  // score, so maxima are looked for before.
+  const auto capped = [&](float score) {
+    const float share = reciprocal_approx(1 + exp2_approx(score * d.softcap_rate));
+    return fmaf(-2 * d.softcap_log2e, share, d.softcap_log2e);
+  };
   // Scores become weights, in place; `factor` then is for the sums so far.
   const auto softmax = [&](const Tile<kGroups>& tile, int key0) {
     const KeyRange common = tile.own[group].common;
@@ -707,7 +716,9 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
         x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
         x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
         // While a row has seen no key, its sum is 0 and any factor but NaN will do.
-        factor[h] = x == -INFINITY ? 1.0f : exp2_approx((row_max[h] - x) * scale_log2e(h));
+        const float growth =
+            kSoftcap ? capped(row_max[h]) - capped(x) : (row_max[h] - x) * scale_log2e(h);
+        factor[h] = x == -INFINITY ? 1.0f : exp2_approx(growth);
         row_max[h] = x;
         row_sum[h] *= factor[h];
       }
@@ -716,10 +727,15 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
     for (int h = 0; h < 2; ++h) {
       const float peak_or_0 = row_max[h] == -INFINITY ? 0.0f : row_max[h];
       const Exponential<false> exponential(peak_or_0, scale_log2e(h));
+      const float capped_peak = capped(peak_or_0);
 #pragma unroll
       for (int i = 0; i < kBlockN / 4; ++i) {
         float& score = scores[i / 2 * 4 + 2 * h + i % 2];
-        score = exponential(score);
+        if (kSoftcap) {
+          score = score == -INFINITY ? 0.0f : exp2_approx(capped(score) - capped_peak);
+        } else {
+          score = exponential(score);
+        }
         row_sum[h] += score;
       }
     }
@@ -831,7 +847,12 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
       row_sum[h] += __shfl_xor_sync(~0u, row_sum[h], 2);
     }
     const int warp = 4 * group + warp_row / 16;
-    const float scales[2] = {scale_log2e(0), scale_log2e(1)};
+    if (kSoftcap) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        if (row_max[h] != -INFINITY) row_max[h] = capped(row_max[h]);
+    }
+    const float scales[2] = {kSoftcap ? 1.0f : scale_log2e(0), kSoftcap ? 1.0f : scale_log2e(1)};
     const Parts<4 * kGroups, kHeadDim> parts(p, first_part, pieces, warp);
     if (pieces > 1 && !parts.leave(piece, p.arrivals + number * 4 * kGroups + warp, scales, out,
                                    row_max, row_sum))
@@ -843,7 +864,9 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
       const int row = min(first_row + 8 * h, rows - 1);
       const int query = p.group_divisor(row), head = kv_head * p.group + row - query * p.group;
       const int64_t token = int64_t{q_begin} + query;
-      const float peak = row_max[h] * (S::kFp8 ? p.scale * score_factor[h] : p.scale);
+      const float peak = row_max[h] * (S::kFp8    ? p.scale * score_factor[h]
+                                       : kSoftcap ? kLn2
+                                                  : p.scale);
       const RowState state = finish_row(p, peak, row_sum[h], head);
       row_factor[h] = state.factor;
       destination[h] = static_cast<T*>(p.out) + token * p.out_stride_token +
@@ -888,7 +911,7 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
   }
 }
 
-template <typename T, typename KV, int kHeadDim, int kGroups>
+template <typename T, typename KV, int kHeadDim, bool kSoftcap, int kGroups>
 __global__ void __launch_bounds__(Shape<KV, kHeadDim, kGroups>::kThreads, 1)
     prefill_kernel(const __grid_constant__ PrefillParams d) {
   using S = Shape<KV, kHeadDim, kGroups>;
@@ -944,7 +967,13 @@ __global__ void __launch_bounds__(Shape<KV, kHeadDim, kGroups>::kThreads, 1)
     }
   } else {
     take_registers<S::kComputeRegisters>();
-    compute<T, KV, kHeadDim, kGroups>(d, shared, warpgroup - 1);
+    int group = warpgroup - 1;
+    if (kSoftcap) {  // worked out again: registers are short
+      int thread = threadIdx.x;
+      recompute(thread);
+      group = kGroups == 1 ? 0 : __shfl_sync(~0u, thread / 128, 0) - 1;
+    }
+    compute<T, KV, kHeadDim, kSoftcap, kGroups>(d, shared, group);
   }
   // Whoever waits for this kernel waits for decode.
   if (beside_decode) wait_for_previous_kernel();
@@ -955,7 +984,7 @@ int most_parts(const AttentionParams& p, int groups, int head_dim) {
   return std::min(2, kWorkspaceFloats / part_floats(4 * groups, head_dim)) * p.multiprocessors;
 }
 
-template <typename T, typename KV, int kHeadDim, int kGroups>
+template <typename T, typename KV, int kHeadDim, bool kSoftcap, int kGroups>
 cudaError_t launch(PrefillParams& d, cudaStream_t stream) {
   using S = Shape<KV, kHeadDim, kGroups>;
   constexpr int kBytes = sizeof(Shared<S>);
@@ -974,7 +1003,7 @@ cudaError_t launch(PrefillParams& d, cudaStream_t stream) {
   if (error == cudaSuccess && d.query_boxes)
     error = make_query_map<T>(&d.q, p, kHeadDim, S::kBlockM);
   if (error != cudaSuccess) return error;
-  const auto kernel = prefill_kernel<T, KV, kHeadDim, kGroups>;
+  const auto kernel = prefill_kernel<T, KV, kHeadDim, kSoftcap, kGroups>;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
   return launch_overlapping(Launch<PrefillParams>{kernel, p.multiprocessors, S::kThreads, kBytes},
@@ -1001,6 +1030,19 @@ int choose_groups(PrefillParams d, int head_dim, int most, float tile_cost) {
   return best;
 }
 
+template <typename T, typename KV, int kHeadDim, bool kSoftcap>
+cudaError_t launch_best(PrefillParams& d, cudaStream_t stream) {
+  constexpr int kMostGroups = most_groups(kHeadDim, sizeof(KV) == 1);
+  switch (choose_groups(d, kHeadDim, kMostGroups, tile_cost(kHeadDim, sizeof(KV) == 1))) {
+    case 1:
+      return launch<T, KV, kHeadDim, kSoftcap, 1>(d, stream);
+    case 2:
+      return launch<T, KV, kHeadDim, kSoftcap, 2>(d, stream);
+    default:
+      return launch<T, KV, kHeadDim, kSoftcap, kMostGroups>(d, stream);
+  }
+}
+
 }  // namespace
 
 template <typename T, typename KV, int kHeadDim>
@@ -1016,15 +1058,14 @@ cudaError_t prefill(const AttentionParams& p, cudaStream_t stream) {
   while (p.window_right < 0 && d.section_heads > 1 &&
          (p.kv_heads % d.section_heads || d.section_heads * head_bytes > kSectionBytes))
     --d.section_heads;
-  constexpr int kMostGroups = most_groups(kHeadDim, sizeof(KV) == 1);
-  switch (choose_groups(d, kHeadDim, kMostGroups, tile_cost(kHeadDim, sizeof(KV) == 1))) {
-    case 1:
-      return launch<T, KV, kHeadDim, 1>(d, stream);
-    case 2:
-      return launch<T, KV, kHeadDim, 2>(d, stream);
-    default:
-      return launch<T, KV, kHeadDim, kMostGroups>(d, stream);
+  if constexpr (has_prefill(kHeadDim, sizeof(KV) == 1, true)) {
+    if (p.softcap > 0) {
+      d.softcap_log2e = p.softcap * kLog2e;
+      d.softcap_rate = 2 * kLog2e * p.scale / p.softcap;
+      return launch_best<T, KV, kHeadDim, true>(d, stream);
+    }
   }
+  return launch_best<T, KV, kHeadDim, false>(d, stream);
 }
 
 template cudaError_t prefill<SPARSEK_DTYPE, SPARSEK_KV, SPARSEK_HEAD_DIM>(const AttentionParams&,

@@ -11,9 +11,10 @@ constexpr int kSharedBytes = 227 * 1024;  // that a thread block can have
 constexpr bool has_head_dim(int head_dim) {
   return head_dim == 64 || head_dim == 128 || head_dim == 256;
 }
-// Registers for wider sums and those of the warps that widen fp8 are more than there are.
-constexpr bool has_prefill(int head_dim, bool fp8) {
-  return has_head_dim(head_dim) && (head_dim <= 128 || !fp8);
+// Registers for wider sums and those of the warps that widen fp8 are more than there are. With
+// softcap over fp8 nobody has asked for it.
+constexpr bool has_prefill(int head_dim, bool fp8, bool softcap = false) {
+  return has_head_dim(head_dim) && (!fp8 || (head_dim <= 128 && !softcap));
 }
 // Rows that a unit of decode's work has at most.
 constexpr int most_decode_rows(int head_dim) { return head_dim > 128 ? 16 : 32; }
@@ -30,8 +31,8 @@ inline bool has_tensor_map(const KVTensor& tensor, int kv_heads) {
          fits_tensor_map(tensor.blocks, tensor.stride_block);
 }
 
-// Requests that are not Request::is_decode(), where both k and v have a tensor map; without softcap
-// and bias. Only where has_prefill().
+// Requests that are not Request::is_decode(), where both k and v have a tensor map; without bias
+// and spans. Only where has_prefill().
 template <typename T, typename KV, int kHeadDim>
 cudaError_t prefill(const AttentionParams& params, cudaStream_t stream);
 

@@ -78,6 +78,7 @@ class Paged:
     dtype: torch.dtype = torch.bfloat16
     warm: bool = False
     fp8: bool = False
+    softcap: float = 0.0
 
     def __post_init__(self) -> None:
         torch.manual_seed(0)
@@ -141,6 +142,7 @@ class Paged:
                 min_seqlen_q=shortest,
                 max_seqlen_q=longest[0],
                 max_seqlen_k=longest[1],
+                softcap=self.softcap,
                 out=self.out,
             )
 
@@ -172,6 +174,7 @@ class Paged:
                 page_size=self.page,
                 causal=True,
                 num_splits=splits,
+                has_softcap=self.softcap > 0,
             )
 
         self.plans["FA3"] = make_plan
@@ -190,6 +193,7 @@ class Paged:
                 seqused_k=self.seq_lens,
                 softmax_scale=self.scale,
                 causal=True,
+                softcap=self.softcap,
                 block_table=self.tables[i],
                 scheduler_metadata=plan,
                 num_splits=splits,
@@ -277,7 +281,7 @@ class Paged:
                 causal=True,
                 window_size=(-1, -1),
                 block_table=self.tables[i],
-                softcap=0,
+                softcap=self.softcap,
                 q_descale=None,
                 k_descale=ones,
                 v_descale=ones,
@@ -480,11 +484,16 @@ def decode_256(warm: bool) -> Iterator[Row]:
 
 
 def prefill_256(warm: bool) -> Iterator[Row]:
-    """Head size 256, causal: 16/8 heads over pages of 16, bf16 on bf16 and fp8; packed, fp16."""
+    """Head size 256, causal: 16/8 heads over pages of 16, bf16, then over fp8, then with a softcap
+    as in Gemma 2; packed, fp16.
+    """
     for fp8 in (False, True):
         for batch, rows, keys in (*PAGED_PREFILL_SHAPES, (1, 256, 16384)):
             case = Paged([rows] * batch, [keys] * batch, 256, 16, 16, 8, warm=warm, fp8=fp8)
             yield _causal_row(f"{batch} x {rows} on {keys}" + " fp8" * fp8, case)
+    for batch, rows, keys in PAGED_PREFILL_SHAPES:
+        case = Paged([rows] * batch, [keys] * batch, 256, 16, 16, 8, warm=warm, softcap=50.0)
+        yield _causal_row(f"{batch} x {rows} on {keys} softcap", case)
     for length in (512, 2048, 8192):
         dense = Dense(length, 256, True, 8, 16384 // length, warm=warm)
         times = time_in_graphs(dense.contenders(), dense.copies)

@@ -132,6 +132,7 @@ inline uint32_t swap_inner_bytes(uint32_t x) {
   return (x & 0xff0000ff) | (x & 0xff00) << 8 | (x >> 8 & 0xff00);
 }
 
+inline float reciprocal_approx(float x) { return 1 / x; }
 inline float exp2_approx(float x) { return std::exp2(x); }
 
 template <typename T>

@@ -142,10 +142,11 @@ def test_the_kernels_that_run() -> None:
     for head_dim in (64, 256):
         batch = Batch(lengths, 2, 4, head_dim)
         assert launched(batch) == {f"{own} prefill", f"{own} decode"}
-        assert launched(batch, softcap=20.0) == {"portable prefill", f"{own} decode"}
+        assert launched(batch, softcap=20.0) == {f"{own} prefill", f"{own} decode"}
         assert launched(batch, spans=spans) == {"portable prefill", "portable decode"}
     batch = Batch(lengths, 2, 4, 64, fp8=True)
     assert launched(batch) == {f"{own} prefill", f"{own} decode"}
+    assert launched(batch, softcap=20.0) == {"portable prefill", f"{own} decode"}
     batch = Batch(lengths, 2, 4, 256, fp8=True)
     assert launched(batch) == {"portable prefill", f"{own} decode"}
 
