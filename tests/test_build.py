@@ -454,9 +454,9 @@ def refusal(**changes: Any) -> str:
     arguments = {
         "q": torch.zeros(4, 2, 64, dtype=half), "k": k, "v": k, "cu_seqlens_q": lengths,
         "seq_lens": lengths[1:], "block_table": torch.zeros(1, 2, dtype=torch.int32),
-        "k_starts": None, "q_offsets": None, "bias": None, "sinks": None, "k_scale": None,
-        "v_scale": None, "workspace": None, "hopper": True, "batch_invariant": False,
-        "min_seqlen_q": 0, "max_seqlen_q": 4, "max_seqlen_k": 4, "scale": 1.0, "window_left": -1,
+        "k_starts": None, "q_offsets": None, "spans": None, "bias": None, "sinks": None,
+        "k_scale": None, "v_scale": None, "workspace": None, "hopper": True,
+        "batch_invariant": False, "min_seqlen_q": 0, "max_seqlen_q": 4, "max_seqlen_k": 4, "scale": 1.0, "window_left": -1,
         "window_right": 0, "softcap": 0.0, "out": k, "lse": None,
     } | changes  # fmt: skip
     cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
@@ -473,3 +473,5 @@ def test_the_cuda_side_checks_before_it_launches() -> None:
     small = k[:, :8]
     assert "block_size must be a multiple of 16 on CUDA, got 8" in refusal(k=small, v=small)
     assert "seq_lens must be int32 on CUDA" in refusal(seq_lens=torch.tensor([4]))
+    odd = torch.zeros(9, dtype=torch.int32)[1:].view(4, 2)
+    assert "spans must be contiguous and begin at a multiple of 8 bytes" in refusal(spans=odd)
