@@ -456,8 +456,8 @@ def refusal(**changes: Any) -> str:
         "seq_lens": lengths[1:], "block_table": torch.zeros(1, 2, dtype=torch.int32),
         "k_starts": None, "q_offsets": None, "spans": None, "bias": None, "sinks": None,
         "k_scale": None, "v_scale": None, "workspace": None, "hopper": True,
-        "batch_invariant": False, "min_seqlen_q": 0, "max_seqlen_q": 4, "max_seqlen_k": 4, "scale": 1.0, "window_left": -1,
-        "window_right": 0, "softcap": 0.0, "out": k, "lse": None,
+        "batch_invariant": False, "min_seqlen_q": 0, "max_seqlen_q": 4, "max_seqlen_k": 4,
+        "scale": 1.0, "window_left": -1, "window_right": 0, "softcap": 0.0, "out": k, "lse": None,
     } | changes  # fmt: skip
     cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     with pytest.raises(RuntimeError) as error:

@@ -692,7 +692,7 @@ def test_opcheck(device):
     out, lse = torch.empty_like(inputs.q), torch.empty(4, 3, device=device)
     ops = kernels.serving(device).ops
     workspace = kernels.workspace(device)
-    tail = (None, None, None, workspace, True, False, 0, 2, 20, 0.125, -1, 0, 0.0, out, lse)
+    tail = (None, None, None, None, workspace, True, False, 0, 2, 20, 0.125, -1, 0, 0.0, out, lse)
     paged_args = (kv.k, kv.v, inputs.cu_seqlens_q, kv.seq_lens, kv.block_table, None, None, None)
     dense_args = (dense.k, dense.v, inputs.cu_seqlens_q, dense.seq_lens, None, dense.starts)
     slots = torch.tensor([3, -1, 7], device=device)
