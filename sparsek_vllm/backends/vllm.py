@@ -267,6 +267,15 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
             "none needed" if device.type == "cpu" else kernels.describe(),
         )
         self.spans: torch.Tensor | None = None  # kept, for graphs that are replayed
+        layers = vllm_config.compilation_config.static_forward_context
+        if getattr(kv_cache_spec, "sliding_window", None) is not None and any(
+            getattr(layers.get(name), "mm_prefix_clamp_sliding_window", False)
+            for name in layer_names
+        ):
+            raise ValueError(
+                f"{vllm_compat.BACKEND_NAME} does not support images whose tokens see no further "
+                "back than the sliding window (mm_prefix_clamp_sliding_window)"
+            )
         # Layers that vLLM keeps whole on each rank say so in their spec.
         sharded = getattr(kv_cache_spec, "dcp_sharded", True)
         self.ranks: Any = vllm_compat.context_parallel_group() if sharded else None
@@ -526,12 +535,6 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
             if self.ranks is not None:
                 self._prepare_context_parallelism(query)
             return output.zero_()
-        clamped = getattr(layer, "mm_prefix_clamp_sliding_window", False) and self.side >= 0
-        if clamped and attn_metadata.spans is not None:
-            raise ValueError(
-                f"{vllm_compat.BACKEND_NAME} does not support images whose tokens see no further "
-                "back than the sliding window (mm_prefix_clamp_sliding_window)"
-            )
         tokens = attn_metadata.num_actual_tokens
         q, out = query[:tokens], output.view(-1, self.num_heads, self.head_size)[:tokens]
         kv: PagedKV | DenseKV
