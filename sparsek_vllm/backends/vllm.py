@@ -484,8 +484,9 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
             "a sliding window": sliding_window is not None,
             "layers that share keys": self.kv_sharing_target_layer_name is not None,
             f"attention type {self.attn_type}": self.attn_type != AttentionType.DECODER.value,
-            "images that attend to themselves": get_current_vllm_config().model_config is not None
-            and get_current_vllm_config().model_config.is_mm_prefix_lm,
+            "images that attend to themselves": vllm_compat.images_attend_to_themselves(
+                get_current_vllm_config()
+            ),
             # What is computed at once and what was before depends on the other requests.
             "VLLM_BATCH_INVARIANT": self.batch_invariant,
             **{f"{name} {n} (no power of two)": n & (n - 1) != 0 for name, n in sizes.items()},

@@ -90,12 +90,17 @@ def arguments_of(function: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
     return bound.arguments
 
 
+def images_attend_to_themselves(vllm_config: Any) -> bool:
+    """Whether the model's do, as Gemma 3's."""
+    model = vllm_config.model_config
+    return model is not None and bool(model.is_mm_prefix_lm)
+
+
 def image_ranges(vllm_config: Any, common: Any) -> dict[int, list[tuple[int, int]]] | None:
     """Of a model whose images attend to themselves: those of each request, by its index, as their
     first and last positions. None for other models.
     """
-    model = vllm_config.model_config
-    if model is None or not model.is_mm_prefix_lm:
+    if not images_attend_to_themselves(vllm_config):
         return None
     return getattr(common, "mm_req_doc_ranges", None) or {}
 
