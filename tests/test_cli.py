@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from sparsek_vllm import cli, demo
 from sparsek_vllm.bench import kernels, serving
@@ -35,7 +36,7 @@ def test_doctor() -> None:
     assert rows["CPU"] == "reference (plain torch)"
     assert rows["can serve here"] == "yes"
     assert rows["BSK_CUDA_ARCH"] == "100"
-    assert rows["in force"].startswith("arch 100, fast math True")
+    assert rows["in force"].startswith("arch 100, kernels auto, fast math True")
 
 
 def test_doctor_shows_a_bad_variable() -> None:
@@ -69,9 +70,26 @@ def test_every_set_of_benchmarks_is_told_of() -> None:
 
 
 def test_engines_of_several_gpus_take_turns() -> None:
-    assert serving.sittings(["ours", "theirs"], 1, fit=True) == [["ours", "theirs"]]
-    assert serving.sittings(["ours", "theirs"], 1, fit=False) == [["ours"], ["theirs"]]
-    assert serving.sittings(["ours", "theirs"], 2, fit=True) == [["ours"], ["theirs"]]
+    assert serving.taking_turns(["ours", "theirs"], 1, fit=True) == [["ours", "theirs"]]
+    assert serving.taking_turns(["ours", "theirs"], 1, fit=False) == [["ours"], ["theirs"]]
+    assert serving.taking_turns(["ours", "theirs"], 2, fit=True) == [["ours"], ["theirs"]]
+
+
+def test_bench_refuses_what_it_does_not_know() -> None:
+    for arguments, reason in (
+        (["nosuch"], "SET must be one of decode, uneven, "),
+        (["--shape", "gpt-5"], "--shape must be one of llama-3.1-8b, llama-3.2-1b, got gpt-5"),
+    ):
+        done = sparsek("bench", *arguments)
+        assert done.returncode == 2 and reason in done.stderr
+
+
+def test_results_that_differ_are_no_benchmark() -> None:
+    ours = torch.randn(8, 4)
+    results = {kernels.OURS: ours, "FA3": 1.01 * ours}
+    kernels._check_agreement("row", results, fp8=False)
+    with pytest.raises(RuntimeError, match=r"row: Triton and sparsek differ by 10\.0%"):
+        kernels._check_agreement("row", results | {"Triton": 1.1 * ours}, fp8=False)
 
 
 def test_unknown_command() -> None:

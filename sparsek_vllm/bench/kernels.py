@@ -125,6 +125,12 @@ class Paged:
                 calls[name] = call
         return calls
 
+    def result(self, call: Call) -> torch.Tensor:
+        """What it leaves in ``out``."""
+        self.out.zero_()
+        call(0)
+        return self.out.float()
+
     def ours(self) -> Call:
         caches = [
             PagedKV(k, v, table, self.seq_lens, self.one, self.one)
@@ -328,6 +334,13 @@ class Dense:
         calls["FA2"] = self.sdpa("FLASH_ATTENTION")
         return calls
 
+    def result(self, call: Call) -> torch.Tensor:
+        """``[tokens, heads, head_dim]``; some calls answer head by head."""
+        out = call(0)
+        assert isinstance(out, torch.Tensor)
+        rows = out.transpose(1, 2) if out.ndim == 4 else out
+        return rows.reshape(-1, self.heads, self.head_dim).float()
+
     def _packed(self) -> list[list[torch.Tensor]]:
         return [[t.view(-1, self.heads, self.head_dim) for t in own] for own in self.inputs]
 
@@ -460,9 +473,8 @@ def prefill(warm: bool) -> Iterator[Row]:
         for causal in (True, False):
             for length in (512, 2048, 8192, 16384):
                 case = Dense(length, head_dim, causal, heads, 16384 // length, warm=warm)
-                times = time_in_graphs(case.contenders(), case.copies)
                 mask = "causal" if causal else "full"
-                yield Row(f"S={length} D={head_dim} {mask}", times, case.flops, "TFLOP/s")
+                yield _dense_row(f"S={length} D={head_dim} {mask}", case)
 
 
 def paged_prefill(warm: bool) -> Iterator[Row]:
@@ -496,8 +508,7 @@ def prefill_256(warm: bool) -> Iterator[Row]:
         yield _causal_row(f"{batch} x {rows} on {keys} softcap", case)
     for length in (512, 2048, 8192):
         dense = Dense(length, 256, True, 8, 16384 // length, warm=warm)
-        times = time_in_graphs(dense.contenders(), dense.copies)
-        yield Row(f"S={length}, packed", times, dense.flops, "TFLOP/s")
+        yield _dense_row(f"S={length}, packed", dense)
 
 
 def chunks(warm: bool) -> Iterator[Row]:
@@ -544,10 +555,15 @@ def small(warm: bool) -> Iterator[Row]:
             with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
                 return attend(*qkv)
 
-        calls = {OURS: on(attention_forward), "SDPA": on(attend), "cuDNN": on(cudnn)}
+        calls: dict[str, Any] = {
+            OURS: on(attention_forward),
+            "SDPA": on(attend),
+            "cuDNN": on(cudnn),
+        }
+        name = f"B={batch} H={heads} S=512 D=64"
+        _check_agreement(name, {c: call(0).float() for c, call in calls.items()}, fp8=False)
         times = time_in_graphs(calls, copies)
         flops = 4 * batch * heads * 512 * 512 * 64
-        name = f"B={batch} H={heads} S=512 D=64"
         yield Row(name, times, flops, "TFLOP/s", time_launches(calls), "Launched from Python, us")
 
 
@@ -593,7 +609,7 @@ SETS: dict[str, Callable[[bool], Iterator[Row]]] = {
 
 def _bandwidth_row(name: str, case: Paged, beside: dict[str, Call] | None = None) -> Row:
     calls = case.contenders()
-    _check_agreement(name, calls, case.out, case.fp8)
+    _check_agreement(name, {c: case.result(call) for c, call in calls.items()}, case.fp8)
     calls |= beside or {}
     times = time_in_graphs(calls, case.copies)
     plans = time_launches(case.plans)
@@ -603,7 +619,7 @@ def _bandwidth_row(name: str, case: Paged, beside: dict[str, Call] | None = None
 def _causal_row(name: str, case: Paged, beside: dict[str, Call] | None = None) -> Row:
     calls = case.contenders()
     calls.pop("FlashInfer", None)  # its decode wrapper
-    _check_agreement(name, calls, case.out, case.fp8)
+    _check_agreement(name, {c: case.result(call) for c, call in calls.items()}, case.fp8)
     calls |= beside or {}
     times = time_in_graphs(calls, case.copies)
     pairs = zip(case.rows, case.keys, strict=True)
@@ -611,20 +627,21 @@ def _causal_row(name: str, case: Paged, beside: dict[str, Call] | None = None) -
     return Row(name, times, 4 * case.heads * case.head_dim * seen, "TFLOP/s")
 
 
-def _check_agreement(name: str, calls: dict[str, Call], out: torch.Tensor, fp8: bool) -> None:
+def _dense_row(name: str, case: Dense) -> Row:
+    calls = case.contenders()
+    _check_agreement(name, {c: case.result(call) for c, call in calls.items()}, fp8=False)
+    return Row(name, time_in_graphs(calls, case.copies), case.flops, "TFLOP/s")
+
+
+def _check_agreement(name: str, results: dict[str, torch.Tensor], fp8: bool) -> None:
     """A contender that computes something else is not one.
 
     Errors are RMS, over the RMS of ours, since the more keys a row sees the smaller its numbers
     are. FA3 rounds queries and weights to fp8.
     """
     tolerance = 0.2 if fp8 else 0.02
-    results = {}
-    for contender, call in calls.items():
-        out.zero_()
-        call(0)
-        results[contender] = out.float().clone()
+    own = results[OURS]
     for contender, result in results.items():
-        own = results[OURS]
         difference = ((result - own).square().mean() / own.square().mean()).sqrt().item()
         if not difference < tolerance:
             raise RuntimeError(f"{name}: {contender} and {OURS} differ by {difference:.1%}")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsek_vllm.backends.vllm_compat import BACKEND_NAME
-from sparsek_vllm.bench.serving import BESIDE_KV_BYTES, sittings, write_shape
+from sparsek_vllm.bench.serving import BESIDE_KV_BYTES, taking_turns, write_shape
 from sparsek_vllm.demo import SERVED_NAME, Server
 from sparsek_vllm.demo_model import demo_model_path
 
@@ -63,8 +63,14 @@ def run(
         RuntimeError: a request failed.
     """
     results = []
+    common = {
+        "shape": shape,
+        "kv_cache_dtype": kv_cache_dtype,
+        "tensor_parallel_size": tensor_parallel_size,
+        "compilation_config": compilation_config,
+    }
     longest = max(load.prompt + load.answer for load in loads)
-    groups = sittings(backends, tensor_parallel_size, fit=True)
+    groups = taking_turns(backends, tensor_parallel_size, fit=True)
     settings = (
         *("--load-format", "dummy", "--max-model-len", str(longest + 64)),
         *("--max-num-seqs", str(max(load.clients for load in loads))),
@@ -89,9 +95,7 @@ def run(
                             "requests were answered"
                         )
                     kept = {name: measured[name] for name in METRICS}
-                    result = {"shape": shape, "compilation_config": compilation_config}
-                    result |= {"load": load.name, "backend": backend, **kept}
-                    results.append(result)
+                    results.append(common | {"load": load.name, "backend": backend, **kept})
                     print(_line(results[-1]), flush=True)
             for backend, server in servers.items():
                 print(f"{backend}: paths {server.path_counts()}", flush=True)
@@ -132,12 +136,14 @@ def _servers(
             for backend in backends
         }
         with ThreadPoolExecutor() as pool:
-            started = [pool.submit(server.__enter__) for server in made.values()]
-        for one in started:
-            if not one.exception():
-                stack.push(one.result())
-        for one in started:
-            one.result()
+            started = [pool.submit(stack.enter_context, server) for server in made.values()]
+            try:
+                for one in started:
+                    one.result()
+            except BaseException:  # an interruption too: nothing is left to start
+                for server in made.values():
+                    server.stop()
+                raise
         yield tokenizer, made
 
 

@@ -75,7 +75,9 @@ def plot(folder: Path, environment: dict[str, str], sets: dict[str, list[Row]]) 
         axes.invert_yaxis()
         axes.set_xlabel(rows[0].unit)
         axes.set_title(f"{name}: {environment['gpu']}, torch {environment['torch']}", fontsize=10)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.06), ncol=len(contenders))
+        # Below the axis' label, however many rows there are.
+        below = -0.6 / (0.32 * len(rows) + 1.6)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, below), ncol=len(contenders))
         axes.grid(axis="x", alpha=0.3)
         path = folder / f"bench-{name}.png"
         figure.savefig(path, dpi=110, bbox_inches="tight")

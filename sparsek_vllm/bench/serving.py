@@ -71,11 +71,11 @@ def write_shape(folder: Path, shape: str) -> Path:
     return folder
 
 
-def sittings(backends: Sequence[str], tensor_parallel_size: int, fit: bool) -> list[list[str]]:
-    """The backends that are alive together.
+def taking_turns(backends: Sequence[str], tensor_parallel_size: int, fit: bool) -> list[list[str]]:
+    """The backends in groups that are alive together.
 
-    Not where their engines do not fit. And on several GPUs an engine's kernels wait for each other,
-    and those of two engines get into each other's way.
+    One each where their engines do not fit. On several GPUs too: an engine's kernels
+    wait for each other, and those of two engines get into each other's way.
     """
     together = fit and tensor_parallel_size == 1
     return [list(backends)] if together else [[b] for b in backends]
@@ -96,7 +96,6 @@ def run(
     shape: str,
     workloads: Sequence[tuple[int, int]] | None = None,
     backends: Sequence[str] = (BACKEND_NAME, "FLASH_ATTN"),
-    eager: bool = False,
     kv_cache_dtype: str = "auto",
     tensor_parallel_size: int = 1,
     compilation_config: dict[str, Any] | None = None,
@@ -105,14 +104,12 @@ def run(
     workloads = workloads or WORKLOADS[shape]
     settings = {
         "max_num_seqs": max(batch for batch, _ in workloads),
-        "enforce_eager": eager,
         "kv_cache_dtype": kv_cache_dtype,
         "tensor_parallel_size": tensor_parallel_size,
     }
-    if not eager:
-        sizes = sorted({batch for batch, _ in workloads})
-        asked = compilation_config or {}
-        settings["compilation_config"] = {"cudagraph_capture_sizes": sizes} | asked
+    sizes = sorted({batch for batch, _ in workloads})
+    asked = compilation_config or {}
+    settings["compilation_config"] = {"cudagraph_capture_sizes": sizes} | asked
     results: list[dict[str, Any]] = [
         {
             "shape": shape,
@@ -128,7 +125,7 @@ def run(
         for batch, context in workloads
     ]
     fit = tensor_parallel_size > 1 or _fit(len(backends))
-    for together in sittings(backends, tensor_parallel_size, fit):
+    for together in taking_turns(backends, tensor_parallel_size, fit):
         with contextlib.ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             write_shape(folder, shape)
@@ -209,7 +206,8 @@ def _engine(folder: Path, backend: str, settings: dict[str, Any]) -> Iterator[_E
         yield _Engine(process)
     finally:
         assert process.stdin is not None
-        process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it is dead, and had not read all
+            process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(20)
         with contextlib.suppress(ProcessLookupError):

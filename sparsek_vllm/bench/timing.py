@@ -61,7 +61,9 @@ def time_in_graphs(calls: dict[str, Call], copies: int) -> dict[str, float]:
 
 
 def time_launches(calls: dict[str, Call]) -> dict[str, float]:
-    """Median microseconds from one call to the next outside a graph: launch overhead included."""
+    """Median microseconds from one call to the next outside a graph, of the same inputs: launch
+    overhead included.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(_ROUNDS):
         for name, call in calls.items():

@@ -94,7 +94,7 @@ class Soak:
                     self.stream(prompt, chunks, max_tokens=want, n=samples, temperature=1.0),
                     patience,
                 )
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 self.counts["cancelled"] += 1
                 continue
             if tokens is None:
