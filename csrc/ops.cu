@@ -148,7 +148,7 @@ std::pair<const float*, int> scales(const OptionalTensor& tensor) {
 
 // As in sparsek_vllm/build; tests compile fewer.
 #ifndef SPARSEK_HEAD_DIMS
-#define SPARSEK_HEAD_DIMS 32, 64, 80, 96, 112, 128, 160, 192, 256
+#define SPARSEK_HEAD_DIMS 32, 64, 80, 96, 112, 128, 160, 192, 256, 512
 #endif
 using HeadDims = std::integer_sequence<int, SPARSEK_HEAD_DIMS>;
 
@@ -219,7 +219,7 @@ void share_out_requests(AttentionParams& p, bool hopper_prefill, int head_dim, i
     p.decode_rows = p.long_decode_rows = 4 * portable::kDecodeRows;
   } else {
 #ifdef SPARSEK_SM90
-    const int unit_rows = sm90::most_decode_rows(head_dim);
+    const int unit_rows = sm90::most_decode_rows(head_dim, p.softcap > 0);
     const int64_t tiles = (most_rows + unit_rows - 1) / unit_rows * p.batch * p.kv_heads;
     // Decode also takes more rows where there are few of these tiles, though it reads keys for
     // each: adding up what prefill splits takes as long as some thousand keys. (Where there are

@@ -25,7 +25,7 @@ from sparsek_vllm.core import get_default_config, kernels, ops
 HERE = Path(__file__).resolve().parent / "emulator"
 NAMESPACE = "sparsek_emulated"
 MULTIPROCESSORS = 5
-HEAD_DIMS = (32, 64, 80, 128, 256)  # as many as there are ways to lay out a row
+HEAD_DIMS = (32, 64, 80, 128, 256, 512)  # as many as there are ways to lay out a row
 
 
 def _translate(text: str) -> str:

@@ -17,7 +17,7 @@ from vllm.v1.attention.selector import AttentionSelectorConfig
 from sparsek_vllm.backends.vllm import SparseKBackend, SparseKImpl
 from sparsek_vllm.backends.vllm_compat import backend_member
 
-SIZES = "32, 64, 80, 96, 112, 128, 160, 192, 256"
+SIZES = "32, 64, 80, 96, 112, 128, 160, 192, 256, 512"
 PREFIX = "SPARSEK_XFORMERS cannot serve this configuration: "
 
 

@@ -206,7 +206,7 @@ print(reasons(head_size=72))
 @pytest.mark.parametrize("version", VERSIONS)
 def test_configurations(version: str) -> None:
     code = CONFIGURATIONS.format(source=str(sources(version)))
-    sizes = "32, 64, 80, 96, 112, 128, 160, 192, 256"
+    sizes = "32, 64, 80, 96, 112, 128, 160, 192, 256, 512"
     assert run_with(version, code).splitlines()[-2:] == [
         "[]", f"['head_size 72 not supported (allowed: {sizes})']",
     ]  # fmt: skip

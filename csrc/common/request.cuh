@@ -79,7 +79,7 @@ struct Request {
     if (kSpans && p.spans) {
       const int2 of_first = span(p, first), of_last = span(p, last);
       if (of_first.x < of_first.y) range.begin = max(start, min(range.begin, start + of_first.x));
-      if (of_last.x < of_last.y) range.end = min(end, max(range.end, start + of_last.y));
+      if (of_last.x < of_last.y) range.end = max(range.end, start + min(of_last.y, end - start));
     }
     return range;
   }
@@ -230,10 +230,10 @@ __device__ inline uint32_t to_half(uint32_t pair, float factor) {
                       __int_as_float(static_cast<int>(pair & 0xffff0000)) * factor);
 }
 
-// Queries beside fp8 keys as fp16: bf16 ones by one factor for all that the warp has. Returns the
-// factor of their scores.
-template <typename T, int kCount>
-__device__ inline float fit_queries(uint32_t (&pairs)[kCount]) {
+// Queries beside fp8 keys as fp16: bf16 ones by one factor for all that the warp has, and others
+// too if `across` makes of its largest one theirs. Returns the factor of their scores.
+template <typename T, int kCount, typename Across>
+__device__ inline float fit_queries(uint32_t (&pairs)[kCount], const Across& across) {
   if constexpr (std::is_same_v<T, __half>) {
     return 1.0f;
   } else {
@@ -243,11 +243,16 @@ __device__ inline float fit_queries(uint32_t (&pairs)[kCount]) {
 #pragma unroll
     for (int step = 1; step < 32; step *= 2)
       largest = max(largest, __shfl_xor_sync(~0u, largest, step));
-    const PowerOfTwo power(largest);
+    const PowerOfTwo power(across(largest));
 #pragma unroll
     for (int i = 0; i < kCount; ++i) pairs[i] = to_half(pairs[i], power.up);
     return power.down;
   }
+}
+
+template <typename T, int kCount>
+__device__ inline float fit_queries(uint32_t (&pairs)[kCount]) {
+  return fit_queries<T>(pairs, [](int largest) { return largest; });
 }
 
 // A factor of scores: not 0, by which -inf would become NaN. Where it is that small, all weights

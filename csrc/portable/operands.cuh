@@ -8,15 +8,20 @@
 namespace sparsek::portable {
 
 // A row of keys or values, and its copy to shared memory by lanes: `lanes` a row, a power of two,
-// of which so many have a piece of 16 bytes.
+// which take so many turns at its pieces of 16 bytes.
 template <typename KV, int kHeadDim>
 struct Row {
   static constexpr int kBytes = sizeof(KV) * kHeadDim, kPitch = row_pitch(kBytes);
-  static constexpr int kPieces = kBytes / 16, kLanes = kPitch / 16;
+  static constexpr int kPieces = kBytes / 16, kLanes = kPitch < 512 ? kPitch / 16 : 32;
+  static constexpr int kTurns = kPitch / 16 / kLanes;
   static constexpr int kElements = 16 / sizeof(KV);  // of a piece
   static constexpr int kLoads = (kBytes + 31) / 32;  // by ldmatrix
   __host__ __device__ static constexpr bool whole(int load) { return 32 * load + 32 <= kBytes; }
 };
+
+// Warps that have the same rows, each of so many of the output's columns: above head_dim 256 one
+// has no registers for all. They compute the same scores.
+constexpr int column_parts(int head_dim) { return head_dim > 256 ? 2 : 1; }
 
 // A lane has of each row of queries, a step of 16 dimensions: elements 2 * (lane % 4) and the next,
 // and those 8 further on; beside fp8 keys 4 * (lane % 4) and the next three.

@@ -4,7 +4,8 @@
 // A thread block takes kBlockM rows of one KV head (queries and heads of the group, packed) and
 // walks over the keys that they see, kBlockN at a time, through a ring of kStages tiles in shared
 // memory. A warp owns its rows, so the softmax needs no exchange between warps. Queries stay in
-// shared memory above head_dim 64, where registers are short, and in registers there.
+// shared memory above head_dim 64, where registers are short, and in registers there. Above 256 two
+// warps have the same rows, and each half of the output's columns.
 #include "operands.cuh"
 #include "portable.h"
 
@@ -29,14 +30,16 @@ namespace {
 template <typename KV, int kHeadDim, bool kGeneral>
 struct Shape {
   static constexpr bool kLong = kHeadDim > 128;
-  static constexpr int kBlockN = kLong ? 32 : SPARSEK_BLOCK_N;
+  static constexpr int kParts = column_parts(kHeadDim);
+  static constexpr int kBlockN = kParts > 1 ? 16 : kLong ? 32 : SPARSEK_BLOCK_N;
   static constexpr int kStages = kLong ? 2 : SPARSEK_NUM_STAGES;
   static constexpr int kWarps = kLong ? 4 : SPARSEK_NUM_WARPS, kThreads = 32 * kWarps;
+  static constexpr int kRowWarps = kWarps / kParts;  // that have different rows
   static constexpr int kBlockM =
-      kGeneral || kLong || sizeof(KV) == 1 ? 16 * kWarps : SPARSEK_BLOCK_M;
+      kGeneral || kLong || sizeof(KV) == 1 ? 16 * kRowWarps : SPARSEK_BLOCK_M;
   // Keys that a warp copies at a time: of one page, since pages are multiples of 16.
   static constexpr int kSlice = kBlockN / kWarps < 16 ? kBlockN / kWarps : 16;
-  static_assert(kBlockM % (16 * kWarps) == 0 && kBlockN % (kSlice * kWarps) == 0);
+  static_assert(kBlockM % (16 * kRowWarps) == 0 && kBlockN % (kSlice * kWarps) == 0);
   static_assert(16 % kSlice == 0 && kSlice >= 4 && kStages >= 2);
   static constexpr int kQueryPitch = row_pitch(2 * kHeadDim);
   static constexpr int kTileBytes = kBlockN * Row<KV, kHeadDim>::kPitch;
@@ -87,9 +90,10 @@ __global__ void __launch_bounds__(Shape<KV, kHeadDim, kGeneral>::kThreads,
   using S = Shape<KV, kHeadDim, kGeneral>;
   constexpr int kBlockM = S::kBlockM, kBlockN = S::kBlockN, kStages = S::kStages;
   constexpr int kWarps = S::kWarps, kThreads = S::kThreads, kSlice = S::kSlice;
-  constexpr int kRowTiles = kBlockM / (16 * kWarps);   // of 16 rows, a warp
-  constexpr int kQueryLanes = S::kQueryPitch / 16;     // that copy a row of queries
-  constexpr int kRowsAtOnce = kThreads / kQueryLanes;  // that all threads copy together
+  constexpr int kParts = S::kParts, kColumns = kHeadDim / kParts;
+  constexpr int kRowTiles = kBlockM / (16 * S::kRowWarps);  // of 16 rows, a warp
+  constexpr int kQueryLanes = S::kQueryPitch / 16;          // that copy a row of queries
+  constexpr int kRowsAtOnce = kThreads / kQueryLanes;       // that all threads copy together
   constexpr int kStepsALoad = kFp8 ? 2 : 1;
   constexpr int kSteps = kHeadDim / 16;   // of QK^T along head_dim
   constexpr int kKeyTiles = kBlockN / 8;  // columns of the score tile
@@ -111,6 +115,7 @@ __global__ void __launch_bounds__(Shape<KV, kHeadDim, kGeneral>::kThreads,
   if (row0 >= request.rows || request.is_decode(p)) return;
 
   const int thread = threadIdx.x, warp = thread / 32;
+  const int row_warp = warp / kParts, part = warp % kParts;
   int lane = thread % 32;
   const int chunk = thread % kQueryLanes, copy_row = thread / kQueryLanes;
 
@@ -181,9 +186,15 @@ __global__ void __launch_bounds__(Shape<KV, kHeadDim, kGeneral>::kThreads,
         if (piece >= Row::kPieces) break;
         const int key = key0 + first + row;
         const bool valid = key >= constants.window_begin && key < keys_end;
-        const uint32_t offset = tile_offset<Row::kBytes>(first + row, piece);
-        copy_async_16(k_tile + offset, k + row * p.k.stride_token, valid);
-        copy_async_16(v_tile + offset, v + row * p.v.stride_token, valid);
+#pragma unroll
+        for (int turn = 0; turn < Row::kTurns; ++turn) {
+          const int further = turn * Row::kLanes;
+          const uint32_t offset = tile_offset<Row::kBytes>(first + row, piece + further);
+          copy_async_16(k_tile + offset, k + row * p.k.stride_token + further * Row::kElements,
+                        valid);
+          copy_async_16(v_tile + offset, v + row * p.v.stride_token + further * Row::kElements,
+                        valid);
+        }
       }
     }
   };
@@ -191,18 +202,18 @@ __global__ void __launch_bounds__(Shape<KV, kHeadDim, kGeneral>::kThreads,
   const float exponent_scale = kGeneral ? kLog2e : p.scale_log2e;
   // This thread's rows: lane / 4, and 8 below it, of each of its warp's 16-row tiles.
   const auto row_of = [&](int m, int h) {
-    return constants.row0 + (warp * kRowTiles + m) * 16 + lane / 4 + 8 * h;
+    return constants.row0 + (row_warp * kRowTiles + m) * 16 + lane / 4 + 8 * h;
   };
   float row_max[kRowTiles][2], row_sum[kRowTiles][2] = {};
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) row_max[m][0] = row_max[m][1] = -INFINITY;
-  float out[kRowTiles][kHeadDim / 8][4] = {};
+  float out[kRowTiles][kColumns / 8][4] = {};
   float score_factor[2];
   if constexpr (kFp8) {
 #pragma unroll
     for (int h = 0; h < 2; ++h)
       score_factor[h] = scale_of(p.k_scale, p.k_scale_stride, kv_head) *
-                        score_factors[warp * 16 + lane / 4 + 8 * h];
+                        score_factors[row_warp * 16 + lane / 4 + 8 * h];
   }
 
   // ldmatrix addresses within a tile, for the first 16 elements of a row; step d along the row is
@@ -245,7 +256,7 @@ __global__ void __launch_bounds__(Shape<KV, kHeadDim, kGeneral>::kThreads,
 
     if (kQueriesInRegisters && key0 == keys_begin) {
       const uint32_t q_lane =
-          shared_q + warp * kRowTiles * kSixteenQueries + across_rows(QueryBytes{});
+          shared_q + row_warp * kRowTiles * kSixteenQueries + across_rows(QueryBytes{});
 #pragma unroll
       for (int d = 0; d < kSteps; ++d) {
 #pragma unroll
@@ -257,7 +268,7 @@ __global__ void __launch_bounds__(Shape<KV, kHeadDim, kGeneral>::kThreads,
     }
 
     const uint32_t q_lane =
-        shared_q + warp * kRowTiles * kSixteenQueries + across_rows(QueryBytes{});
+        shared_q + row_warp * kRowTiles * kSixteenQueries + across_rows(QueryBytes{});
     const uint32_t k_lane = k_tile + across_chunks();
     float scores[kRowTiles][kKeyTiles][4] = {};
 #pragma unroll
@@ -344,7 +355,7 @@ __global__ void __launch_bounds__(Shape<KV, kHeadDim, kGeneral>::kThreads,
           row_max[m][h] = x;
           row_sum[m][h] *= factor;
 #pragma unroll
-          for (int n = 0; n < kHeadDim / 8; ++n) {
+          for (int n = 0; n < kColumns / 8; ++n) {
             out[m][n][2 * h] *= factor;
             out[m][n][2 * h + 1] *= factor;
           }
@@ -368,7 +379,8 @@ __global__ void __launch_bounds__(Shape<KV, kHeadDim, kGeneral>::kThreads,
       }
     }
 
-    const uint32_t v_lane = v_tile + across_rows(KeyBytes{});
+    constexpr int kLoads = Row::kLoads / kParts;
+    const uint32_t v_lane = (v_tile + across_rows(KeyBytes{})) ^ (part * kLoads << 5);
     // The accumulator layout of two 8-key tiles is the A operand of one step of 16 keys.
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
@@ -382,7 +394,7 @@ __global__ void __launch_bounds__(Shape<KV, kHeadDim, kGeneral>::kThreads,
         }
       }
 #pragma unroll
-      for (int load = 0; load < Row::kLoads; ++load) {
+      for (int load = 0; load < kLoads; ++load) {
         uint32_t v[4];
         load_matrices_transposed(v, (v_lane ^ (load << 5)) + g * kSixteenKeys);
 #pragma unroll
@@ -408,15 +420,15 @@ __global__ void __launch_bounds__(Shape<KV, kHeadDim, kGeneral>::kThreads,
       const int query = p.group_divisor(r), head = kv_head * p.group + r - query * p.group;
       const int64_t token = int64_t{finished.q_begin} + query;
       const RowState state = finish_row(p, row_max[m][h] * (kGeneral ? 1.0f : p.scale), sum, head);
-      T* destination =
-          static_cast<T*>(p.out) + token * p.out_stride_token + head * p.out_stride_head;
+      T* destination = static_cast<T*>(p.out) + token * p.out_stride_token +
+                       head * p.out_stride_head + part * kColumns;
 #pragma unroll
-      for (int n = 0; n < kHeadDim / 8; ++n) {
+      for (int n = 0; n < kColumns / 8; ++n) {
         const OutputPair<KV> pair(out[m], n, h);
         *reinterpret_cast<uint32_t*>(destination + pair.column(lane)) =
             pack<T>(pair.first * state.factor, pair.second * state.factor);
       }
-      if (p.lse && lane % 4 == 0) p.lse[head * p.lse_stride_head + token] = state.lse;
+      if (p.lse && part == 0 && lane % 4 == 0) p.lse[head * p.lse_stride_head + token] = state.lse;
     }
   }
 }

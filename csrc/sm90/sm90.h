@@ -16,8 +16,10 @@ constexpr bool has_head_dim(int head_dim) {
 constexpr bool has_prefill(int head_dim, bool fp8, bool softcap = false) {
   return has_head_dim(head_dim) && (!fp8 || (head_dim <= 128 && !softcap));
 }
-// Rows that a unit of decode's work has at most.
-constexpr int most_decode_rows(int head_dim) { return head_dim > 128 ? 16 : 32; }
+// Rows that a unit of decode's work has at most. Softcap takes the registers of more.
+constexpr int most_decode_rows(int head_dim, bool softcap = false) {
+  return softcap ? 8 : head_dim > 128 ? 16 : 32;
+}
 
 // Whether the tensor memory accelerator can read a dimension: strides are below 2^40 bytes, and not
 // 0 where there is more than one of a kind.

@@ -38,7 +38,7 @@ ARCHS = tuple(_GENCODE)
 _NATIVE_GENCODE = {"90": ("arch=compute_90a,code=sm_90a",)}
 
 # As in csrc/ops.cu. Hopper's own kernels have three of them.
-HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 256)
+HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 256, 512)
 HOPPER_HEAD_DIMS = (64, 128, 256)
 # Of queries; keys and values have the same, or fp8.
 DTYPES = ("__half", "__nv_bfloat16")

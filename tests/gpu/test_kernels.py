@@ -368,7 +368,7 @@ def test_kernels_refuse_what_they_cannot_read() -> None:
     refused("block_size of k must be a multiple of 16 on CUDA, got 8",
             kv=PagedKV(small, small, kv.block_table, kv.seq_lens))  # fmt: skip
     wide = torch.zeros(4, 16, 2, 72, dtype=torch.float16, device=CUDA)
-    refused("head_dim must be one of 32, 64, 80, 96, 112, 128, 160, 192, 256 on CUDA, got 72",
+    refused("head_dim must be one of 32, 64, 80, 96, 112, 128, 160, 192, 256, 512 on CUDA, got 72",
             q=torch.zeros(1, 8, 72, dtype=torch.float16, device=CUDA),
             kv=PagedKV(wide, wide, kv.block_table, kv.seq_lens))  # fmt: skip
     fp8 = torch.zeros(4, 16, 2, 64, device=CUDA).to(torch.float8_e5m2)
