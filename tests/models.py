@@ -69,6 +69,16 @@ MODELS = {
         },
         dtype="bfloat16", bound=0.2,
     ),
+    # Layers without a window have heads of 512.
+    "gemma 4": Model(
+        "Gemma4ForCausalLM",
+        {
+            **heads(8, 4, 256), "num_hidden_layers": 6, "sliding_window": 48,
+            "num_global_key_value_heads": 2, "attention_k_eq_v": True,
+            "hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": VOCABULARY,
+        },
+        dtype="bfloat16", bound=0.2,
+    ),
     "mistral": Model("MistralForCausalLM", {**heads(8, 2, 128), "sliding_window": 100}),
     "gpt-oss": Model(
         "GptOssForCausalLM",
@@ -149,11 +159,11 @@ MODELS = {
 }  # fmt: skip
 
 
-def build(name: str, tokenizer: Path, folder: Path) -> int:
+def build(name: str, tokenizer: Path, folder: Path) -> set[int]:
     """Write the model into ``folder``, with the tokenizer of the model in ``tokenizer``.
 
     Returns:
-        The size of its heads.
+        The sizes of its heads.
     """
     import transformers
 
@@ -171,7 +181,8 @@ def build(name: str, tokenizer: Path, folder: Path) -> int:
             elif weight.dim() == 1:
                 weight += torch.randn_like(weight) * 0.2
             if "q_norm" in key or "k_norm" in key:
-                weight += 0.5
+                # Gemma 4 does not divide scores by the root of the head size.
+                weight.copy_(0.4 * weight if name == "gemma 4" else weight + 0.5)
     made.save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (folder / file).symlink_to(tokenizer / file)
@@ -179,7 +190,13 @@ def build(name: str, tokenizer: Path, folder: Path) -> int:
     if model.extra in writers:
         writers[model.extra](folder, made.config)
     config = made.config.get_text_config()
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    layers = [config]
+    if name == "gemma 4":
+        layers = [config.per_layer_config[i] for i in range(config.num_hidden_layers)]
+    return {
+        getattr(one, "head_dim", None) or one.hidden_size // one.num_attention_heads
+        for one in layers
+    }
 
 
 def _adapter(folder: Path, config: Any) -> None:
@@ -292,12 +309,12 @@ def requests(extra: str) -> list[dict[str, Any]]:
 
 
 def serve(name: str, tokenizer: Path, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Build the model and ask an engine: its answers, the paths that ran, the size of heads.
+    """Build the model and ask an engine: its answers, the paths that ran, the sizes of heads.
 
     An answer has the tokens, how far ahead of the second best each was, and the logprobs of the
     prompt and of the tokens.
     """
-    head_size = build(name, tokenizer, folder)
+    head_sizes = build(name, tokenizer, folder)
 
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
@@ -360,7 +377,7 @@ def serve(name: str, tokenizer: Path, folder: Path, settings: dict[str, Any]) ->
     if extra == "eagle":
         values = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
         assert values["vllm:spec_decode_num_draft_tokens"] > 0
-    return {"answers": answers, "paths": paths, "head_size": head_size}
+    return {"answers": answers, "paths": paths, "head_sizes": head_sizes}
 
 
 def serve_apart(

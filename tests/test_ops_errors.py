@@ -83,7 +83,8 @@ PAGED = "[num_blocks, block_size, kv_heads, head_dim]"
 WINDOW = "window must be (left, right), each -1 for no limit or at least 0, got"
 SOFTCAP = "softcap must be 0 (off) or a positive finite number, got"
 SPANS = (
-    "spans must hold their rows' own positions and be the same for all rows that stand in them, got"
+    "spans must hold their rows' own positions, and what a row sees begin and end no earlier than "
+    "what the row before it sees, got"
 )
 SCALE = "scale must be a positive finite number, got"
 

@@ -13,7 +13,7 @@ import torch
 from steps import BLOCK, DIM, Layer, layer, step
 from vllm.config import CUDAGraphMode, ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.attention.cross_attention import create_cross_attention_backend
-from vllm.v1.attention.backend import AttentionType
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionType
 from vllm.v1.kv_cache_interface import CrossAttentionSpec
 
 from sparsek_vllm.backends.vllm import SparseKBackend
@@ -88,13 +88,16 @@ def prefix_lm(model: Path) -> VllmConfig:
     )
 
 
-@pytest.mark.parametrize("window", [None, 20])
-def test_images_attend_to_themselves(window: int | None, prefix_lm: VllmConfig) -> None:
+@pytest.mark.parametrize(("window", "clamped"), [(None, False), (20, False), (20, True)])
+def test_images_attend_to_themselves(
+    window: int | None, clamped: bool, prefix_lm: VllmConfig
+) -> None:
     """Within a chunk, from a prefix on, in a chunk of few rows; beside a request without any."""
     random = torch.Generator().manual_seed(0)
     rows, computed = [60, 30, 1, 5], [0, 50, 70, 40]
     images = {0: [(5, 24), (30, 59)], 1: [(40, 70)], 2: [], 3: [(38, 44)]}
     builder, impl = layer(4, 2, prefix_lm, sliding_window=window)
+    builder.images_end_at_window = clamped  # as layers say, of which there are none here
     lengths = [a + b for a, b in zip(rows, computed, strict=True)]
     table = torch.randperm(20, generator=random).view(4, 5).int()
     k, v = ([torch.randn(n, 2, DIM, generator=random) for n in lengths] for _ in "kv")
@@ -111,10 +114,12 @@ def test_images_attend_to_themselves(window: int | None, prefix_lm: VllmConfig) 
     bounds = metadata.query_start_loc.tolist()
     side = -1 if window is None else window - 1
     for b, (begin, end) in enumerate(itertools.pairwise(bounds)):
-        spans = [
-            next(((i, j + 1) for i, j in images[b] if i <= position <= j), (0, 0))
-            for position in range(computed[b], lengths[b])
-        ]
+        spans = []
+        for position in range(computed[b], lengths[b]):
+            first, last = next((s for s in images[b] if s[0] <= position <= s[1]), (0, -1))
+            if clamped and last >= 0:
+                first = max(first, position - side)
+            spans.append((first, last + 1))
         expected, _ = oracle.attention(
             q[begin:end], k[b], v[b], scale=DIM**-0.5, causal=True, window=(side, -1),
             spans=torch.tensor(spans),
@@ -122,25 +127,54 @@ def test_images_attend_to_themselves(window: int | None, prefix_lm: VllmConfig) 
         torch.testing.assert_close(out[begin:end].double(), expected, rtol=2e-5, atol=2e-5)
 
 
-def test_images_in_captured_graphs(prefix_lm: VllmConfig) -> None:
-    """Graphs of mixed batches are replayed with other images, or none: in the same memory."""
+def test_images_of_other_steps(prefix_lm: VllmConfig) -> None:
+    """vLLM names them in every step of a request: they cost something in their own alone."""
     builder, _ = layer(HEADS, HEADS, prefix_lm)
-    metadata = step([8, 8], [0, 0], [0], torch.zeros(2, 1, dtype=torch.int32))
-    assert builder.build(0, metadata).spans is None
-    config = builder.vllm_config.compilation_config
-    before, config.cudagraph_mode = config.cudagraph_mode, CUDAGraphMode.FULL
-    try:
-        captured = builder.build_for_cudagraph_capture(metadata).spans
-        assert captured is not None and not captured.any()
-        metadata.mm_req_doc_ranges = {1: [(2, 5)]}
-        replayed = builder.build(0, metadata).spans
-        assert replayed is not None and replayed.data_ptr() == captured.data_ptr()
-        assert captured.tolist() == [[0, 0]] * 10 + [[2, 6]] * 4 + [[0, 0]] * 2
-        metadata.mm_req_doc_ranges = None
-        builder.build(0, metadata)
-        assert not captured.any()
-    finally:
-        config.cudagraph_mode = before
+    images = {0: [(2, 5), (20, 30)], 1: [(2, 2)]}
+    for rows, computed, has_images in (
+        ([8, 8], [0, 0], True),  # the first image of request 0
+        ([1, 8], [6, 0], False),  # between
+        ([14, 1], [6, 8], False),
+        ([15, 1], [6, 8], True),  # a row of the second
+        ([4, 1], [30, 8], True),  # its last one
+        ([1, 1], [31, 8], False),
+    ):
+        metadata = step(rows, computed, [0], torch.zeros(2, 4, dtype=torch.int32))
+        metadata.mm_req_doc_ranges = images
+        spans = builder.build(0, metadata).spans
+        assert (spans is not None) == has_images, (rows, computed)
+        assert spans is None or spans.any()
+
+
+def test_graphs_of_models_whose_images_attend_to_themselves(prefix_lm: VllmConfig) -> None:
+    """They are captured without images, which is right for one token a request alone."""
+    for config, support in (
+        (prefix_lm, AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE),
+        (VllmConfig(), AttentionCGSupport.ALWAYS),
+    ):
+        builder, _ = layer(HEADS, HEADS, config)
+        spec = builder.kv_cache_spec
+        assert type(builder).get_cudagraph_support(config, spec) is support
+
+
+def test_query_lengths_that_only_the_device_knows() -> None:
+    """Adaptive verification shares drafts out there: the host's lengths do not choose kernels."""
+    builder, _ = layer(HEADS, HEADS)
+    metadata = step([6, 6], [20, 20], [0], torch.zeros(2, 2, dtype=torch.int32))
+    assert builder.build(0, metadata).min_query_len == 6
+    builder.exact_lens = False
+    assert builder.build(0, metadata).min_query_len == 0
+
+
+def test_steps_of_a_draft_model_are_recorded(prefix_lm: VllmConfig) -> None:
+    builder, _ = layer(HEADS, HEADS, prefix_lm)
+    assert builder.supports_draft_decode_metadata_update
+    metadata = step([8], [0], [0], torch.zeros(1, 1, dtype=torch.int32))
+    metadata.mm_req_doc_ranges = {0: [(2, 5)]}
+    built = builder.build(0, metadata)
+    assert built.spans is not None and built.spans.any()
+    builder.update_draft_decode_metadata(built)
+    assert not built.spans.any()
 
 
 def test_causality_of_each_request_is_refused() -> None:

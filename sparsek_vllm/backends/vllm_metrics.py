@@ -22,8 +22,10 @@ class AttentionInfo(StatLoggerBase):
     """
 
     def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
-        chosen = vllm_config.attention_config.backend
-        if getattr(chosen, "name", None) == vllm_compat.BACKEND_NAME and vllm_compat.is_honoured():
+        attention = vllm_config.attention_config
+        chosen = [attention.backend, *attention.backend_per_kind.values()]
+        ours = any(getattr(b, "name", None) == vllm_compat.BACKEND_NAME for b in chosen)
+        if ours and vllm_compat.is_honoured():
             _publish(vllm_config.model_config.get_head_size())
 
     def record(self, *args: Any, **kwargs: Any) -> None:

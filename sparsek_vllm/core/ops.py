@@ -96,8 +96,8 @@ def varlen_attention(
 
     Args:
         q: ``[total_q, heads, head_dim]``, last dimension contiguous. On CUDA fp16 or bf16,
-            head_dim 32, 64, 80, 96, 112, 128, 160, 192 or 256, and rows that begin at multiples
-            of 16 bytes, as in k, v and out; on CPU fp32 and fp64 too, and any head_dim.
+            head_dim 32, 64, 80, 96, 112, 128, 160, 192, 256 or 512, and rows that begin at
+            multiples of 16 bytes, as in k, v and out; on CPU fp32 and fp64 too, and any head_dim.
         kv: keys and values, like q or, in pages, fp8 (on CUDA e4m3); ``heads`` must be a multiple
             of their ``kv_heads``.
         cu_seqlens_q: ``[batch + 1]`` int32, prefix sums of the query lengths. Rows of ``q``
@@ -114,9 +114,9 @@ def varlen_attention(
         q_offsets: ``[batch]`` int32, position of each request's first query row.
         spans: ``[total_q, 2]`` int32, contiguous: keys from the first position up to the second,
             exclusive, that a row sees whatever ``causal`` and ``window`` say, as the tokens of an
-            image see each other. A span holds its row's own position, and the request's other rows
-            that stand in it have the same one; where both are equal there is none. (Checked on CPU
-            and in debug mode.)
+            image see each other. A span holds its row's own position, and with it a row sees keys
+            that begin and end no earlier than those of the request's row before; where both are
+            equal there is none. (Checked on CPU and in debug mode.)
         batch_invariant: a row's result is the same bits whatever other requests are in the
             batch, and whether its request's rows come at once or in several calls, if all calls
             have ``spans`` or none has. On CUDA only.
@@ -589,7 +589,9 @@ def _check_spans(
     seq_lens: torch.Tensor,
     q_offsets: torch.Tensor | None,
 ) -> None:
-    """That each holds its row, and all rows in it have it: the kernels rely on that."""
+    """That each holds its row, and what rows see begins and ends no earlier from one to the next,
+    whatever the mask: the kernels rely on that.
+    """
     lengths = cu_seqlens_q.diff()
     offsets = seq_lens - lengths if q_offsets is None else q_offsets
     rows = torch.arange(int(cu_seqlens_q[-1]), device=spans.device)
@@ -597,16 +599,17 @@ def _check_spans(
     position = rows - cu_seqlens_q[request] + offsets[request]
     begin, end = spans[: len(rows)].unbind(1)
     wrong = (begin != end) & ((begin > position) | (end <= position) | (begin < 0))
-    # The next row of the request has another one, though it or this row stands in both.
-    differs = (begin[1:] != begin[:-1]) | (end[1:] != end[:-1])
-    reaches_on = (begin < end)[:-1] & (end[:-1] > position[1:])
-    reaches_back = (begin < end)[1:] & (begin[1:] <= position[:-1])
-    wrong[1:] |= (request[1:] == request[:-1]) & differs & (reaches_on | reaches_back)
+    # A mask lets a row see its own position at least.
+    begin, end = torch.minimum(begin, position), torch.maximum(end, position + 1)
+    begin = torch.where(spans[: len(rows), 0] == spans[: len(rows), 1], position, begin)
+    earlier = (begin[1:] < begin[:-1]) | (end[1:] < end[:-1])
+    wrong[1:] |= (request[1:] == request[:-1]) & earlier
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0])
         raise ValueError(
-            "spans must hold their rows' own positions and be the same for all rows that stand in "
-            f"them, got {spans[row].tolist()} for row {row} at position {int(position[row])}"
+            "spans must hold their rows' own positions, and what a row sees begin and end no "
+            f"earlier than what the row before it sees, got {spans[row].tolist()} for row {row} "
+            f"at position {int(position[row])}"
         )
 
 
