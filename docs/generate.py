@@ -43,7 +43,7 @@ environment set the default.
 ```python
 from sparsek_vllm.core import Config, set_default_config
 
-set_default_config(Config(block_n=32, num_stages=4))
+set_default_config(Config(use_fast_math=False))
 ```
 
 | field | default | allowed | variable | |
@@ -68,6 +68,7 @@ other GPUs. A `Config` takes effect when it is set, not when a field of it chang
 | `SPARSEK_BUILD` | at installation: 1 makes a missing tool an error, 0 leaves kernels out |
 | `MAX_JOBS` | compilers that run at once |
 | `VLLM_PLUGINS` | vLLM's: if set, it must contain `sparsek`; `sparsek_metrics` is the metric |
+| `VLLM_BATCH_INVARIANT` | vLLM's: 1 for the same bits whatever else is served |
 | `XDG_CACHE_HOME` | where the demo model is kept |
 """
 
@@ -127,7 +128,7 @@ def ask(backend: Any) -> dict[str, str]:
         "per-head scales of fp8": yes(backend.supports_per_head_quant_scales()),
         "bidirectional prefixes (multimodal)": yes(backend.supports_mm_prefix()),
         "batch invariance": yes(backend.supports_batch_invariance()),
-        "cascade attention": yes(cascade),
+        "cascade attention (vLLM 0.26 alone)": yes(cascade),
         "KV connectors": yes(backend.supports_kv_connector()),
         "decode context parallelism": yes(impl.can_return_lse_for_decode),
         "CUDA graphs": graphs[builder.get_cudagraph_support(config, spec).name],
@@ -173,8 +174,9 @@ def features() -> str:
     return f"""{NOTE}
 # Features
 
-What backends tell vLLM {peers["vllm"]} on Hopper, asked of their classes. What is not there is
-refused at start-up.
+What backends tell vLLM {peers["vllm"]} on Hopper, as reported by their classes. What is not there
+is refused at start-up, ALiBi among it, which FLASH_ATTN has. Other head sizes than those of
+TRITON_ATTN here were not asked for.
 
 | | {head} |
 | ---{" | ---" * len(columns)} |
@@ -197,12 +199,12 @@ What vLLM does around attention, and the test that shows it with this backend:
 | fp8 KV cache | `tests/test_vllm_engine.py` | `tests/gpu/test_vllm_features.py` |
 | torch.compile, every mode of CUDA graphs | | `tests/gpu/test_vllm_features.py` |
 | attention without a causal mask | `tests/test_vllm_attention_types.py` | |
-| images whose tokens attend to each other (as in Gemma 3), without a vision tower \
+| images whose tokens attend to each other (Gemma 3 and 4), without a vision tower \
 | `tests/test_vllm_attention_types.py` | `tests/test_kernels.py` |
 | shared prefixes (cascade attention) | `tests/test_vllm_attention_types.py` \
 | `tests/gpu/test_vllm_features.py` |
 | batch invariance | `tests/test_kernels.py`, emulated | `tests/gpu/test_vllm_models.py` |
-| popular models' shapes: Gemma 2 and 3, Mistral, gpt-oss, Phi, Llama, Qwen, Granite 4 (Mamba), \
+| popular models' shapes: Gemma 2, 3 and 4, Mistral, gpt-oss, Phi, Llama, Qwen, Granite 4 (Mamba), \
 Whisper, a LoRA adapter, an EAGLE head | `tests/test_vllm_models.py` \
 | `tests/gpu/test_vllm_models.py` |
 | LLaVA, weights in fp8, keys offloaded to the host | | `tests/gpu/test_vllm_models.py` |
@@ -216,7 +218,7 @@ Whisper, a LoRA adapter, an EAGLE head | `tests/test_vllm_models.py` \
 
 | GPU | |
 | --- | --- |
-| Hopper (sm_90) | runs, tested on an H100, an H200 and two H200 |
+| Hopper (sm_90) | runs, tested on one H100, one H200 and a pair of H200s |
 | Blackwell (sm_100, sm_103) | compiles, never run |
 | later, and sm_120 | through PTX, never run |
 | older | refused |
