@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.command == "bench":
         try:
             return _bench(options, bench)
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, ImportError, ValueError) as error:
             print(f"sparsek bench: {error}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:

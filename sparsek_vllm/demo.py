@@ -50,7 +50,7 @@ def run(ask: str, keep: bool, model: str | None, port: int, timeout: int) -> Non
         if keep:
             print(f"\nServing on {server.url}/v1 as model '{SERVED_NAME}'. Ctrl-C stops it.")
             with contextlib.suppress(KeyboardInterrupt):
-                server.process.wait()
+                server.wait()
     print("Server stopped.")
 
 
@@ -136,6 +136,8 @@ class Server:
         opened, log = tempfile.mkstemp(prefix="sparsek-server-", suffix=".log")
         os.close(opened)
         self.log = Path(log)
+        self.process: subprocess.Popen[bytes] | None = None
+        self.stopped = False
         self.command = [
             *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
             *("--model", str(model), "--served-model-name", SERVED_NAME),
@@ -159,7 +161,7 @@ class Server:
             start_new_session=True,
         )
         try:
-            self._wait()
+            self._wait(self.process)
         except BaseException:
             self.stop()
             raise
@@ -170,10 +172,10 @@ class Server:
         if kind is None:
             self.log.unlink(missing_ok=True)
 
-    def _wait(self) -> None:
+    def _wait(self, process: subprocess.Popen[bytes]) -> None:
         deadline = time.monotonic() + self.timeout
-        while time.monotonic() < deadline:
-            if self.process.poll() is not None:
+        while time.monotonic() < deadline and not self.stopped:
+            if process.poll() is not None:
                 raise DemoError(f"the server stopped while starting:\n{self._log_end()}")
             with contextlib.suppress(OSError), _open(f"{self.url}/health", timeout=2):
                 return
@@ -195,9 +197,15 @@ class Server:
             counts: dict[str, dict[str, int]] = json.load(answer)["results"][0]
         return counts
 
+    def wait(self) -> None:
+        """Until the server ends by itself."""
+        assert self.process is not None, "it was not started"
+        self.process.wait()
+
     def stop(self, how: signal.Signals = signal.SIGINT) -> None:
-        """End the server and the processes that it started, if it was."""
-        if not hasattr(self, "process"):
+        """End the server and the processes that it started; it cannot be started after that."""
+        self.stopped = True
+        if self.process is None:
             return
         for sig, patience in ((how, 20), (signal.SIGKILL, 10)):
             with contextlib.suppress(ProcessLookupError):

@@ -600,6 +600,7 @@ def test_debug_mode_lets_valid_calls_pass(debug):
     attend(seq_lens=ints(0), block_table=ints(-7, -7).view(1, 2))
     attend(kv=dense())
     attend(spans=ints(17, 18, 18, 20, 18, 20).view(3, 2))
+    attend(spans=ints(7, 7, 0, 0, 20, 20).view(3, 2))  # none
     write()
     write(slot_mapping=torch.tensor([], dtype=torch.int64))
 

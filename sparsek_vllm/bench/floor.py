@@ -40,9 +40,11 @@ def run(folder: Path) -> list[dict[str, Any]]:
 
     Raises:
         BuildError: the program cannot be compiled.
-        CalledProcessError: it fails, on a GPU that is not Hopper for one.
+        RuntimeError: it fails, on a GPU that is not Hopper for one.
     """
-    done = subprocess.run([compiled(folder)], capture_output=True, text=True, check=True)
+    done = subprocess.run([compiled(folder)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{SOURCE} fails:\n{done.stderr}")
     rows = []
     for line in done.stdout.splitlines():
         name, size, alone, overlapping = line.split("\t")

@@ -186,8 +186,9 @@ class _Engine:
 
     def _send(self, request: dict[str, Any]) -> Any:
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # reading tells of it
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
         return self.read()
 
 

@@ -600,8 +600,9 @@ def _check_spans(
     begin, end = spans[: len(rows)].unbind(1)
     wrong = (begin != end) & ((begin > position) | (end <= position) | (begin < 0))
     # A mask lets a row see its own position at least.
-    begin, end = torch.minimum(begin, position), torch.maximum(end, position + 1)
-    begin = torch.where(spans[: len(rows), 0] == spans[: len(rows), 1], position, begin)
+    none = begin == end
+    begin = torch.where(none, position, torch.minimum(begin, position))
+    end = torch.where(none, position + 1, torch.maximum(end, position + 1))
     earlier = (begin[1:] < begin[:-1]) | (end[1:] < end[:-1])
     wrong[1:] |= (request[1:] == request[:-1]) & earlier
     if bool(wrong.any()):
