@@ -217,6 +217,13 @@ class SparseKMetadata(AttentionMetadata):
     shared_prefix: SharedPrefix | None = None
     context: LocalContext | None = None
 
+    def but(self, **changes: Any) -> SparseKMetadata:
+        """A copy that differs so. (By ``replace`` a subclass that vLLM made of this could not.)"""
+        copied = copy.copy(self)
+        for name, value in changes.items():
+            setattr(copied, name, value)
+        return copied
+
     @property
     def mm_prefix_range_tensor(self) -> torch.Tensor | None:
         """The name by which Gemma 4 takes ``spans`` from layers that have no window."""
@@ -444,10 +451,7 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
         blk_table: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> SparseKMetadata:
-        # A subclass that vLLM made of it has other arguments.
-        updated = copy.copy(metadata)
-        updated.block_table, updated.slot_mapping = blk_table, slot_mapping
-        return updated
+        return metadata.but(block_table=blk_table, slot_mapping=slot_mapping)
 
     def update_draft_decode_metadata(self, metadata: SparseKMetadata) -> None:
         """Recorded in the graph of a draft model's steps: kernels read the lengths themselves."""
@@ -588,24 +592,33 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         return output
 
     def _attend(
-        self, q: torch.Tensor, kv: PagedKV | DenseKV, metadata: SparseKMetadata, **arguments: Any
+        self,
+        q: torch.Tensor,
+        kv: PagedKV | DenseKV,
+        metadata: SparseKMetadata,
+        out: torch.Tensor | None = None,
+        return_lse: bool = False,
+        with_sinks: bool = True,
     ) -> Any:
-        """What the layer and ``metadata`` say, where ``arguments`` do not."""
-        causal = arguments.get("causal", metadata.causal)
-        settings = {
-            "spans": metadata.spans if causal else None,
-            "cu_seqlens_q": metadata.query_start_loc,
-            "causal": causal,
-            "window": (self.side, -1 if causal else self.side),
-            "scale": self.scale,
-            "softcap": self.softcap,
-            "sinks": self.sinks,
-            "batch_invariant": self.batch_invariant,
-            "min_seqlen_q": metadata.min_query_len,
-            "max_seqlen_q": metadata.max_query_len,
-            "max_seqlen_k": metadata.max_seq_len,
-        }
-        return varlen_attention(q, kv, **(settings | arguments))
+        """What the layer and ``metadata`` say; of several parts of the keys one has the sinks."""
+        causal = metadata.causal
+        return varlen_attention(
+            q,
+            kv,
+            metadata.query_start_loc,
+            causal=causal,
+            window=(self.side, -1 if causal else self.side),
+            scale=self.scale,
+            softcap=self.softcap,
+            sinks=self.sinks if with_sinks else None,
+            spans=metadata.spans if causal else None,
+            batch_invariant=self.batch_invariant,
+            min_seqlen_q=metadata.min_query_len,
+            max_seqlen_q=metadata.max_query_len,
+            max_seqlen_k=metadata.max_seq_len,
+            out=out,
+            return_lse=return_lse,
+        )
 
     def _own(
         self,
@@ -628,19 +641,19 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         shared = self._attend(
             q,
             replace(kv, block_table=kv.block_table[:1], seq_lens=prefix.seq_lens),
-            metadata,
-            cu_seqlens_q=prefix.query_start_loc,
-            causal=False,
-            sinks=None,
-            max_seqlen_q=metadata.num_actual_tokens,
-            max_seqlen_k=prefix.length,
+            metadata.but(
+                query_start_loc=prefix.query_start_loc,
+                causal=False,
+                max_query_len=metadata.num_actual_tokens,
+                max_seq_len=prefix.length,
+            ),
             return_lse=True,
+            with_sinks=False,
         )
         own = self._attend(
             q,
             replace(kv, block_table=kv.block_table[:, blocks:], seq_lens=prefix.remaining),
-            metadata,
-            max_seqlen_k=metadata.max_seq_len - prefix.length,
+            metadata.but(max_seq_len=metadata.max_seq_len - prefix.length),
             return_lse=True,
         )
         merge_states(*shared, *own, out=out)
@@ -671,25 +684,23 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         context = metadata.context
         assert context is not None
         own = self._own(key, value, metadata, context.query_lens)
-        own_only = {"max_seqlen_k": metadata.max_query_len}
+        own_metadata = metadata.but(max_seq_len=metadata.max_query_len)
         # A captured graph is replayed with other lengths.
         if context.empty and not (q.is_cuda and torch.cuda.is_current_stream_capturing()):
-            self._attend(q, own, metadata, out=out, **own_only)
+            self._attend(q, own, own_metadata, out=out)
             return
         earlier, earlier_lse = self._attend(
             self.ranks.all_gather(q.contiguous(), dim=1),
             replace(kv, seq_lens=context.seq_lens),
-            metadata,
-            causal=False,
-            sinks=None,
-            max_seqlen_k=context.max_seq_len,
+            metadata.but(causal=False, max_seq_len=context.max_seq_len),
             return_lse=True,
+            with_sinks=False,
         )
         combine = self.combine if q.is_cuda else _combine_by_all_gather
         earlier, earlier_lse = combine(
             earlier, earlier_lse.transpose(0, 1), self.ranks, return_lse=True
         )
-        own_out, own_lse = self._attend(q, own, metadata, return_lse=True, **own_only)
+        own_out, own_lse = self._attend(q, own, own_metadata, return_lse=True)
         merge_states(earlier, earlier_lse.transpose(0, 1), own_out, own_lse, out=out)
 
     def do_kv_cache_update(
