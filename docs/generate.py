@@ -175,8 +175,7 @@ def features() -> str:
 # Features
 
 What backends tell vLLM {peers["vllm"]} on Hopper, as reported by their classes. What is not there
-is refused at start-up, ALiBi among it, which FLASH_ATTN has. Other head sizes than those of
-TRITON_ATTN here were not asked for.
+is refused at start-up. Other head sizes than those of TRITON_ATTN here were not asked for.
 
 | | {head} |
 | ---{" | ---" * len(columns)} |
@@ -216,6 +215,13 @@ Whisper, a LoRA adapter, an EAGLE head | `tests/test_vllm_models.py` \
 | `tests/gpu/test_vllm_two_gpus.py` |
 | speculative decoding: n-gram, draft model | | `tests/gpu/test_vllm_features.py` |
 | sleep mode, async scheduling, both model runners | | `tests/gpu/test_vllm_features.py` |
+
+Not there:
+
+- latent attention (MLA, as in DeepSeek's models), for which vLLM has backends of their own;
+- ALiBi, and head sizes that are multiples of 8 but not in the table, which FLASH_ATTN has;
+- KV caches of less than 8 bits, of e5m2 on a GPU, or with scales of each token;
+- queries or outputs in fp8: they keep the model's precision.
 
 | GPU | |
 | --- | --- |
