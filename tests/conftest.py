@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import target
 from engine import running_engine
+from packages import copy_tracked, wheel_of
 
 # For the processes that tests start too.
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -25,6 +26,18 @@ def model() -> Path:
     from sparsek_vllm.demo_model import demo_model_path
 
     return demo_model_path(progress=False)
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clean copy of what git tracks."""
+    return copy_tracked(tmp_path_factory.mktemp("tree"))
+
+
+@pytest.fixture(scope="session")
+def wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package with its kernels."""
+    return wheel_of(tree, tmp_path_factory.mktemp("wheel"), SPARSEK_BUILD="1")
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,12 @@ HOPPER_PREFILL = 2 * ((2 * 3 + 2) + (2 * 3 + 2) + 2 * 2)
 
 
 @pytest.fixture(scope="module")
-def wheel_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build.build(
-        tmp_path_factory.mktemp("all"), build.find_tools(), build.DEFAULT, build.ARCHS
-    )
+def wheel_library(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The kernels of the wheel, for all architectures."""
+    with zipfile.ZipFile(wheel) as archive:
+        return Path(
+            archive.extract(f"sparsek_vllm/{build.LIBRARY}", tmp_path_factory.mktemp("all"))
+        )
 
 
 def dump(library: Path, *options: str) -> str:
