@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import re
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ import torch
 
 from sparsek_vllm import build
 from sparsek_vllm.core import get_default_config, kernels, ops
+from sparsek_vllm.demo_model import cache_root
 
 HERE = Path(__file__).resolve().parent / "emulator"
 NAMESPACE = "sparsek_emulated"
@@ -73,11 +75,31 @@ def _compile(folder: Path) -> Path:
     return library
 
 
+def _library() -> Path:
+    """The last one that was compiled, if nothing has changed that it is made of."""
+    digest = hashlib.sha256(
+        repr((torch.__version__, kernels.variant(get_default_config()))).encode()
+    )
+    for root in (build.sources(), HERE):
+        for path in sorted(p for p in root.rglob("*") if p.is_file()):
+            digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    for path in (Path(__file__), Path(build.__file__)):
+        digest.update(path.read_bytes())
+    library = cache_root() / "emulated" / f"{digest.hexdigest()[:16]}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            compiled = _compile(Path(folder))
+            for old in library.parent.glob("*.so"):
+                old.unlink(missing_ok=True)
+            compiled.replace(library)
+    return library
+
+
 @functools.cache
 def _load() -> None:
     _kept.append(ops.define(NAMESPACE))
-    with tempfile.TemporaryDirectory() as folder:
-        torch.ops.load_library(str(_compile(Path(folder))))
+    torch.ops.load_library(str(_library()))
 
 
 _kept: list[torch.library.Library] = []
