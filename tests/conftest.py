@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import target
-from engine import running_engine
 from packages import copy_tracked, wheel_of
 
 # For the processes that tests start too.
@@ -56,18 +54,3 @@ def kernels_on_the_host() -> Iterator[None]:
             yield
     else:
         yield
-
-
-@pytest.fixture(scope="session")
-def engines() -> Iterator[Callable[..., Any]]:
-    """``engines(model, **arguments)`` gives a running LLM, the same for the same arguments."""
-    with contextlib.ExitStack() as stack:
-        running: dict[str, Any] = {}
-
-        def get(model: Path | str, **arguments: Any) -> Any:
-            key = repr((str(model), sorted(arguments.items())))
-            if key not in running:
-                running[key] = stack.enter_context(running_engine(model, **arguments))
-            return running[key]
-
-        yield get

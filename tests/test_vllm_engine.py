@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import encoder
 import pytest
 import torch
-
-Engines = Callable[..., Any]
+from engine import running_engine
 
 OURS = "SPARSEK_XFORMERS"
 PEER = "CPU_ATTN"
-FP32 = {"dtype": "float32", "max_model_len": 4352}
+FP32: dict[str, Any] = {"dtype": "float32", "max_model_len": 4352}
+BF16: dict[str, Any] = {"dtype": "bfloat16", "max_model_len": 4352, "enable_prefix_caching": False}
 # Long ones, middling ones, one token, block boundaries (blocks have 128 tokens here).
 LENGTHS = (4000, 2100, 1500, 900, 640, 512, 257, 256, 255, 200, 129, 128, 127, 64, 40, 20, 9, 3, 1)
 
@@ -47,31 +47,29 @@ def metric(llm: Any, name: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def ours(engines: Engines, model: Path) -> Any:
+def ours(model: Path) -> Iterator[Any]:
     # 512 tokens a step: long prompts come in chunks, mixed with decoding.
-    return engines(model, attention_backend=OURS, max_num_batched_tokens=512, **FP32)
+    with running_engine(model, attention_backend=OURS, max_num_batched_tokens=512, **FP32) as llm:
+        yield llm
 
 
 @pytest.fixture(scope="module")
-def peer(engines: Engines, model: Path) -> Any:
-    return engines(model, attention_backend=PEER, **FP32)
+def peer(model: Path) -> Iterator[Any]:
+    with running_engine(model, attention_backend=PEER, **FP32) as llm:
+        yield llm
 
 
 @pytest.fixture(scope="module")
-def ours_bf16(engines: Engines, model: Path) -> Any:
+def ours_bf16(model: Path) -> Iterator[Any]:
     # The other way to choose a backend.
-    return engines(
-        model, attention_config={"backend": OURS}, dtype="bfloat16", max_model_len=4352,
-        enable_prefix_caching=False,
-    )  # fmt: skip
+    with running_engine(model, attention_config={"backend": OURS}, **BF16) as llm:
+        yield llm
 
 
 @pytest.fixture(scope="module")
-def peer_bf16(engines: Engines, model: Path) -> Any:
-    return engines(
-        model, attention_backend=PEER, dtype="bfloat16", max_model_len=4352,
-        enable_prefix_caching=False,
-    )  # fmt: skip
+def peer_bf16(model: Path) -> Iterator[Any]:
+    with running_engine(model, attention_backend=PEER, **BF16) as llm:
+        yield llm
 
 
 def test_greedy_tokens_equal_cpu_attn(ours: Any, peer: Any) -> None:
@@ -132,34 +130,34 @@ def test_pass_key_in_a_long_prompt(ours: Any) -> None:
     assert output.outputs[0].text.startswith(" 48213")
 
 
-def test_preemption(engines: Engines, ours: Any, model: Path) -> None:
+def test_preemption(ours: Any, model: Path) -> None:
     """A cache too small for all requests at once: some are thrown out and computed again."""
     batch = [ids[:100] for ids in prompts()[:8]]
     expected = tokens_of(generate(ours, batch, max_tokens=48))
-    tight = engines(
+    with running_engine(
         model, attention_backend=OURS, dtype="float32", max_model_len=256, block_size=16,
         num_gpu_blocks_override=64, enable_prefix_caching=False,
-    )  # fmt: skip
-    before = metric(tight, "vllm:num_preemptions")
-    assert tokens_of(generate(tight, batch, max_tokens=48)) == expected
-    assert metric(tight, "vllm:num_preemptions") > before
+    ) as tight:  # fmt: skip
+        before = metric(tight, "vllm:num_preemptions")
+        assert tokens_of(generate(tight, batch, max_tokens=48)) == expected
+        assert metric(tight, "vllm:num_preemptions") > before
 
 
-def test_fp8_cache(engines: Engines, model: Path) -> None:
+def test_fp8_cache(model: Path) -> None:
     from vllm import SamplingParams
 
-    llm = engines(
+    with running_engine(
         model, attention_backend=OURS, dtype="float32", max_model_len=512, kv_cache_dtype="fp8"
-    )
-    (output,) = llm.chat(
-        [{"role": "user", "content": "What is the capital of France?"}],
-        SamplingParams(temperature=0, max_tokens=16),
-        use_tqdm=False,
-    )
+    ) as llm:
+        (output,) = llm.chat(
+            [{"role": "user", "content": "What is the capital of France?"}],
+            SamplingParams(temperature=0, max_tokens=16),
+            use_tqdm=False,
+        )
     assert output.outputs[0].text == "The capital of France is Paris."
 
 
-def test_softcap_and_sliding_window(engines: Engines, model: Path, tmp_path: Path) -> None:
+def test_softcap_and_sliding_window(model: Path, tmp_path: Path) -> None:
     """A small Gemma 2 of random weights: both in every other layer, and an odd scale."""
     import torch
     from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
@@ -176,8 +174,10 @@ def test_softcap_and_sliding_window(engines: Engines, model: Path, tmp_path: Pat
     batch = [ids[:300] for ids in prompts()[4:18]]
     logprobs = {}
     for backend in (OURS, PEER):
-        llm = engines(tmp_path, attention_backend=backend, dtype="float32", max_model_len=512)
-        outputs = generate(llm, batch, prompt_logprobs=0, max_tokens=8)
+        with running_engine(
+            tmp_path, attention_backend=backend, dtype="float32", max_model_len=512
+        ) as llm:
+            outputs = generate(llm, batch, prompt_logprobs=0, max_tokens=8)
         logprobs[backend] = [
             step[token].logprob
             for output in outputs
