@@ -159,7 +159,7 @@ MODELS = {
 }  # fmt: skip
 
 
-def build(name: str, tokenizer: Path, folder: Path) -> set[int]:
+def build(name: str, tokenizer: Path, folder: Path) -> list[int]:
     """Write the model into ``folder``, with the tokenizer of the model in ``tokenizer``.
 
     Returns:
@@ -193,10 +193,8 @@ def build(name: str, tokenizer: Path, folder: Path) -> set[int]:
     layers = [config]
     if name == "gemma 4":
         layers = [config.per_layer_config[i] for i in range(config.num_hidden_layers)]
-    return {
-        getattr(one, "head_dim", None) or one.hidden_size // one.num_attention_heads
-        for one in layers
-    }
+    sizes = [getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads for c in layers]
+    return sorted(set(sizes))
 
 
 def _adapter(folder: Path, config: Any) -> None:
