@@ -111,9 +111,11 @@ from types import SimpleNamespace
 from prometheus_client import generate_latest
 from sparsek_vllm.backends.vllm_compat import backend_member
 from sparsek_vllm.backends.vllm_metrics import AttentionInfo
-for head_size in (64, 80):  # two engines of one process
+ours = backend_member()
+# Two engines of one process, which chose us in two ways; and one that did not.
+for head_size, backend, kinds in ((64, ours, {}), (80, None, {"full": ours}), (96, None, {})):
     AttentionInfo(SimpleNamespace(
-        attention_config=SimpleNamespace(backend=backend_member()),
+        attention_config=SimpleNamespace(backend=backend, backend_per_kind=kinds),
         model_config=SimpleNamespace(get_head_size=lambda: head_size),
     ))
 print(generate_latest().decode().count("sparsek:attention_info{"))
