@@ -13,10 +13,12 @@ ON_KERNELS := tests/test_kernels.py tests/test_ops_properties.py tests/test_xfor
 demo: $(READY)
 	$(BIN)/sparsek demo $(if $(ASK),--ask "$(ASK)") --port 0
 
+# The sources of the kernels on the host go beside the rest, which seldom keeps two cores busy.
+EMULATED := SPARSEK_TEST_DEVICE=emulated $(BIN)/python -m pytest $(ON_KERNELS) -m on_kernels
 test: lint
-	$(BIN)/python -m pytest tests --ignore tests/gpu --ignore tests/test_kernels.py
-	SPARSEK_TEST_DEVICE=emulated $(BIN)/python -m pytest $(ON_KERNELS) -m on_kernels
-	SPARSEK_TEST_DEVICE=emulated BSK_KERNELS=portable $(BIN)/python -m pytest $(ON_KERNELS) -m on_kernels
+	@{ $(EMULATED) && BSK_KERNELS=portable $(EMULATED); } >$(VENV)/emulated.log 2>&1 & beside=$$!; \
+	$(BIN)/python -m pytest tests --ignore tests/gpu --ignore tests/test_kernels.py; status=$$?; \
+	wait $$beside || status=1; cat $(VENV)/emulated.log; exit $$status
 
 # The tests of the kernels on CUDA, and what only a GPU can run.
 test-gpu: export SPARSEK_TEST_DEVICE = cuda
