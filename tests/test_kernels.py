@@ -294,13 +294,30 @@ def test_slots_of_no_stride_are_refused() -> None:
         write_kv(batch.k[0], batch.v[0], batch.kv.k, batch.kv.v, slots)
 
 
-@pytest.mark.parametrize("rows", [1, 40])
-def test_maxima_that_grow(rows: int) -> None:
-    """From tile to tile, by far more than what the kernels let pass without rescaling."""
-    batch = Batch([(rows, 500)], 2, 2, 64, torch.float16)
+@FP8
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("first", "last"), [(0.01, 4), (4, 0.01), (60, 0.1), (-60, -50)], ids=str)
+def test_maxima_that_grow(first: float, last: float, head_dim: int, fp8: bool) -> None:
+    """From tile to tile, by far more than what the kernels let pass without looking for maxima: up
+    to weights that would be infinite. And all scores far below 0."""
+    lengths = [(1, 500), (40, 500), (300, 500), (64, 127), (128, 255), (200, 200)]
+    batch = Batch(lengths, 2, 2, head_dim, torch.float16, fp8=fp8)
     batch.q = batch.q.abs()
-    growth = torch.linspace(0.01, 4, 500, device=DEVICE)[:, None, None]
-    batch.k = [(k.abs() * growth).half() for k in batch.k]
+    for b, k in enumerate(batch.k):
+        size = torch.linspace(first, last, len(k), device=DEVICE)[:, None, None]
+        batch.k[b] = (k.abs() * size).half()
+    batch.write()
+    batch.check()
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_one_key_that_outweighs_all(dtype: torch.dtype, head_dim: int) -> None:
+    """The first token's, as in many models; it is the last that tiles come to."""
+    batch = Batch([(300, 700), (70, 2000), (1, 600)], 2, 2, head_dim, dtype)
+    batch.q[:, ::2] = batch.q[:, ::2].abs()
+    for k in batch.k:
+        k[0] = 8 * k[0].abs()
     batch.write()
     batch.check()
 

@@ -97,6 +97,13 @@ __device__ inline void wgmma_scores(float (&d)[64], uint64_t a, uint64_t b, int 
     SPARSEK_SCORES(128, "bf16", 64, "%64", "%65", "%66");
 }
 template <typename T>
+__device__ inline void wgmma_scores(float (&d)[32], uint64_t a, uint64_t b, int accumulate) {
+  if constexpr (std::is_same_v<T, __half>)
+    SPARSEK_SCORES(64, "f16", 32, "%32", "%33", "%34");
+  else
+    SPARSEK_SCORES(64, "bf16", 32, "%32", "%33", "%34");
+}
+template <typename T>
 __device__ inline void wgmma_scores(float (&d)[40], uint64_t a, uint64_t b, int accumulate) {
   if constexpr (std::is_same_v<T, __half>)
     SPARSEK_SCORES(80, "f16", 40, "%40", "%41", "%42");

@@ -8,6 +8,10 @@
 // of kBlockN, the last first: that is where masks are. The loading warps (one for keys, one for
 // values, one or two for queries) run ahead into the next tile.
 //
+// Instructions of the softmax are what time goes into, a sixth of them for the maxima of rows. So a
+// warp looks for maxima in its first key tile and where there are masks, and elsewhere takes those
+// it has. Should weights come out far above 1 then, it multiplies that tile by its keys again.
+//
 // Where there are few tiles, or few left in the last round, several blocks share one: each has a
 // piece of its keys. The last of them to be done adds their results up.
 //
@@ -29,7 +33,12 @@ constexpr int kSectionBytes = 40 << 20;  // of 50 or 60 MB of L2 cache
 // In the time that a tile of 128 keys takes: what a tile takes beside its keys, and what adding
 // pieces up takes, once and for each. (Fitted to times of 1 to 8 pieces.)
 constexpr float kTileOverhead = 5, kJoinCost = 2, kPieceCost = 1;
+// And what it takes beside its warpgroups, where each of them takes 1.
+constexpr float kTileCost = 1.25f;
 constexpr int kLeastPiece = 1024;  // keys
+// Of a thread's weights of a row in one key tile, by a maximum that may not be theirs: fp16 still
+// holds each of them.
+constexpr float kMostWeight = 32768;
 
 // Of Config, by sparsek_vllm/build; 0 for what is best.
 #ifndef SPARSEK_HOPPER_WARPGROUPS
@@ -39,18 +48,20 @@ constexpr int kLeastPiece = 1024;  // keys
 #define SPARSEK_HOPPER_STAGES 0
 #endif
 
-// Keys of a tile, a multiple of 16: as many as there are registers for.
-constexpr int block_n(int head_dim, int groups) {
-  return head_dim > 128 || (head_dim == 128 && groups == 3) ? 80 : 128;
-}
 // How many warpgroups a block can have that compute. Those that widen fp8 take a third one's
 // registers, and so do sums of longer rows.
-constexpr int most_groups(int head_dim, bool fp8) { return head_dim > 128 || fp8 ? 2 : 3; }
-// What a tile takes beside its warpgroups, where each of them takes 1.
-// (With fp8 as with a head_dim of 64, at 256 as at 128: these have not been fitted.)
-constexpr float tile_cost(int head_dim, bool fp8) { return head_dim == 64 || fp8 ? 3 : 0.5f; }
+constexpr int most_groups(int head_dim, bool fp8, bool softcap) {
+  if (head_dim > 128 || fp8) return 2;
+  return head_dim == 128 ? 3 : softcap ? 2 : 4;
+}
+// It has one, two, or the most.
+constexpr bool has_groups(int head_dim, int groups) { return head_dim != 64 || groups != 3; }
+// Keys of a tile, a multiple of 16: as many as there are registers for.
+constexpr int block_n(int head_dim, int groups) {
+  return groups > 2 ? 64 : head_dim > 128 ? 80 : 128;
+}
 
-enum Barrier : int { kTileTaken = 1, kFirstTurn = 2, kFirstGroup = 5, kWidening = 8 };
+enum Barrier : int { kTileTaken = 1, kFirstGroup = 2, kWidening = 6 };
 
 template <typename KV, int kHeadDim_, int kGroups_>
 struct Shape {
@@ -67,17 +78,18 @@ struct Shape {
   // Places for queries. If there is one, those of a tile arrive when all of the one before have
   // been used.
   static constexpr int kQueryPlaces = kHeadDim > 128 ? 1 : 2;
-  // Tiles in flight: beside them are those of queries, and 3 KB for the rest.
+  // Tiles in flight; beside them are the queries, counts of tiles and the rest.
   static constexpr int kStagesThatFit =
-      (kSharedBytes - 3072 - kQueryPlaces * 2 * kHeadDim * kBlockM) / (2 * kTileBytes);
-  static constexpr int kStagesAsked = SPARSEK_HOPPER_STAGES ? SPARSEK_HOPPER_STAGES
-                                                            : (kHeadDim == 64  ? 4
-                                                               : kBlockN < 128 ? 3
-                                                                               : 2);
+      (kSharedBytes - 1024 - 4 * kThreads - kQueryPlaces * 2 * kHeadDim * kBlockM) /
+      (2 * kTileBytes);
+  static constexpr int kStagesAsked = SPARSEK_HOPPER_STAGES ? SPARSEK_HOPPER_STAGES : 6;
   static constexpr int kStages = kStagesAsked < kStagesThatFit ? kStagesAsked : kStagesThatFit;
-  static constexpr int kLoaderRegisters = kThreads == 512 ? 32 : 40;
+  static constexpr int kLoaderRegisters = kThreads < 512 ? 40 : 32;
   static constexpr int kWideningRegisters = kFp8 ? 48 : 0;
-  static constexpr int kComputeRegisters = kFp8 ? 216 : kGroups == 3 ? 160 : 232;
+  static constexpr int kComputeRegisters = kFp8           ? 216
+                                           : kGroups == 4 ? 112
+                                           : kGroups == 3 ? 160
+                                                          : 232;
   // Those that a block is launched with: warpgroups that ask for more than others give wait
   // forever.
   static constexpr int kRegisters = 64 * 1024 / kThreads / 8 * 8;
@@ -622,19 +634,20 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
   using M = Operand<T, KV>;
   constexpr int kBlockN = S::kBlockN, kSteps = kHeadDim / 16, kKeySteps = kBlockN / 16;
   const AttentionParams& p = d.attention;
-  const int lane = threadIdx.x % 32;
-  const int group_row = 64 * group, warp_row = threadIdx.x % 128 / 32 * 16;
-  // Three warpgroups take turns to issue products: of a key tile's keys and of the values of the
-  // one before. (Two are quicker without.) Who takes no part in a key tile takes the turn all the
-  // same: nobody may get so far ahead or fall so far behind that another waits, in his turn, for a
-  // place in a ring that only he frees.
-  const auto wait_for_turn = [&] {
-    if (kGroups > 2) barrier_sync<256>(kFirstTurn + group);
+  // Where there are no registers for another way.
+  constexpr bool kAlwaysMaxima = kSoftcap || kHeadDim > 128;
+  const int group_row = 64 * group;
+  // Worked out again where they are needed: registers are short.
+  const auto thread_of_group = [] {
+    int thread = threadIdx.x;
+    recompute(thread);
+    return thread % 128;
   };
-  const auto pass_turn = [&] {
-    if (kGroups > 2) barrier_arrive<256>(kFirstTurn + (group + 1 == kGroups ? 0 : group + 1));
+  // The first of a thread's two rows among those of the tile.
+  const auto own_row = [&] {
+    const int thread = thread_of_group();
+    return group_row + thread / 32 * 16 + thread % 32 / 4;
   };
-  if (group == kGroups - 1) pass_turn();
 
   Place<2> q_place;
   Place<S::kStages> k_place, v_place;
@@ -684,24 +697,56 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
     const float share = reciprocal_approx(1 + exp2_approx(score * d.softcap_rate));
     return fmaf(-2 * d.softcap_log2e, share, d.softcap_log2e);
   };
-  // Scores become weights, in place; `factor` then is for the sums so far.
-  const auto softmax = [&](const Tile<kGroups>& tile, int key0) {
-    const KeyRange common = tile.own[group].common;
-    if (key0 < common.begin || key0 + kBlockN > common.end) {
-      const Request& request = tile.request;
+  // The warp's scores of the key tile at hand once more, by itself.
+  const auto multiply_again = [&] {
+    const char *q = own_queries(), *k = shared.k[k_place.index];
+    const int thread = thread_of_group(), lane = thread % 32;
+    const int q_row = thread / 32 * 16 + lane % 16, k_row = lane / 16 * 8 + lane % 8;
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int row = tile.row0 + group_row + warp_row + lane / 4 + 8 * h;
-        const KeyRange visible = request.keys(p, p.group_divisor(min(row, request.rows - 1)));
+    for (int i = 0; i < kBlockN / 2; ++i) scores[i] = 0;
+#pragma unroll 1
+    for (int step = 0; step < kSteps; ++step) {
+      const int chunk = step / 4, piece = step % 4 * 2;
+      const int q_piece = (piece + lane / 16) ^ (q_row % 8);
+      const int k_piece = (piece + lane / 8 % 2) ^ (k_row % 8);
+      const uint32_t k_of_step =
+          shared_address(k + (chunk * kBlockN + k_row) * kChunkBytes + 16 * k_piece);
+      uint32_t a[4];
+      load_matrices(a,
+                    shared_address(q + (chunk * S::kBlockM + q_row) * kChunkBytes + 16 * q_piece));
 #pragma unroll
-        for (int i = 0; i < kBlockN / 4; ++i) {
-          const int key = key0 + i / 2 * 8 + lane % 4 * 2 + i % 2;
-          // By selection: adding -inf would keep a NaN.
-          if (key < visible.begin || key >= visible.end)
-            scores[i / 2 * 4 + 2 * h + i % 2] = -INFINITY;
+      for (int i = 0; i < kKeySteps; ++i) {
+        uint32_t b[4];
+        load_matrices(b, k_of_step + 16 * i * kChunkBytes);
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          float* of_keys = &scores[8 * i + 4 * j];
+          float sums[4] = {of_keys[0], of_keys[1], of_keys[2], of_keys[3]};
+          mma<M>(sums, a, b[2 * j], b[2 * j + 1]);
+#pragma unroll
+          for (int n = 0; n < 4; ++n) of_keys[n] = sums[n];
         }
       }
     }
+  };
+  const auto mask_scores = [&](const Tile<kGroups>& tile, int key0) {
+    const Request& request = tile.request;
+    const int first_row = tile.row0 + own_row(), column = 2 * (thread_of_group() % 4);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = first_row + 8 * h;
+      const KeyRange visible = request.keys(p, p.group_divisor(min(row, request.rows - 1)));
+#pragma unroll
+      for (int i = 0; i < kBlockN / 4; ++i) {
+        const int key = key0 + i / 2 * 8 + column + i % 2;
+        // By selection: adding -inf would keep a NaN.
+        if (key < visible.begin || key >= visible.end)
+          scores[i / 2 * 4 + 2 * h + i % 2] = -INFINITY;
+      }
+    }
+  };
+  // Rows' maxima, if scores exceed them; `factor` then is for the sums so far.
+  const auto find_maxima = [&] {
     float peaks[4] = {scores[0], scores[1], scores[2], scores[3]};  // as many in flight
 #pragma unroll
     for (int i = 4; i < kBlockN / 2; ++i) peaks[i % 4] = fmaxf(peaks[i % 4], scores[i]);
@@ -709,25 +754,29 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
     const bool grown = (peak[0] - row_max[0]) * scale_log2e(0) > p.rescale_slack ||
                        (peak[1] - row_max[1]) * scale_log2e(1) > p.rescale_slack;
     rescale = __any_sync(~0u, grown);
-    if (rescale) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        float x = fmaxf(peak[h], row_max[h]);
-        x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-        x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-        // While a row has seen no key, its sum is 0 and any factor but NaN will do.
-        const float growth =
-            kSoftcap ? capped(row_max[h]) - capped(x) : (row_max[h] - x) * scale_log2e(h);
-        factor[h] = x == -INFINITY ? 1.0f : exp2_approx(growth);
-        row_max[h] = x;
-        row_sum[h] *= factor[h];
-      }
-    }
+    if (!rescale) return;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float peak_or_0 = row_max[h] == -INFINITY ? 0.0f : row_max[h];
-      const Exponential<false> exponential(peak_or_0, scale_log2e(h));
-      const float capped_peak = capped(peak_or_0);
+      float x = fmaxf(peak[h], row_max[h]);
+      x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+      x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+      // While a row has seen no key, its sum is 0 and any factor but NaN will do.
+      const float growth =
+          kSoftcap ? capped(row_max[h]) - capped(x) : (row_max[h] - x) * scale_log2e(h);
+      factor[h] = x == -INFINITY ? 1.0f : exp2_approx(growth);
+      row_max[h] = x;
+      row_sum[h] *= factor[h];
+    }
+  };
+  // Scores become weights, in place; their sums over the two rows are added to `sums`.
+  const auto exponentials = [&](bool with_maxima, float (&sums)[2]) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      // Of a row that has seen no key the weights are infinite, if no maximum was looked for.
+      const bool unseen = row_max[h] == -INFINITY;
+      const float peak = unseen && with_maxima ? 0.0f : row_max[h];
+      const float capped_peak = capped(peak);
+      const Exponential<false> exponential(peak, scale_log2e(h));
 #pragma unroll
       for (int i = 0; i < kBlockN / 4; ++i) {
         float& score = scores[i / 2 * 4 + 2 * h + i % 2];
@@ -736,8 +785,28 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
         } else {
           score = exponential(score);
         }
-        row_sum[h] += score;
+        sums[h] += score;
       }
+    }
+  };
+  const auto softmax = [&](const Tile<kGroups>& tile, int key0, bool first) {
+    const KeyRange common = tile.own[group].common;
+    const bool masked = key0 < common.begin || key0 + kBlockN > common.end;
+    bool with_maxima = kAlwaysMaxima || first || masked || p.batch_invariant;
+    if (masked) mask_scores(tile, key0);
+    rescale = false;
+    for (;;) {
+      if (with_maxima) find_maxima();
+      float sums[2] = {0, 0};
+      exponentials(with_maxima, sums);
+      // (A NaN is not below it either.)
+      const bool small = sums[0] <= kMostWeight && sums[1] <= kMostWeight;
+      if (with_maxima || !__any_sync(~0u, !small)) {
+        row_sum[0] += sums[0], row_sum[1] += sums[1];
+        return;
+      }
+      multiply_again();
+      with_maxima = true;
     }
   };
   const auto pack_weights = [&] {
@@ -753,8 +822,6 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
   const auto skip_key_tile = [&] {
     mbarrier_wait(&shared.k_full[k_place.index], k_place.phase);
     release_keys();
-    wait_for_turn();
-    pass_turn();
     mbarrier_wait(&shared.v_full[v_place.index], v_place.phase);
     release_values();
   };
@@ -764,7 +831,7 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
     const Tile<kGroups>& tile = shared.tiles[q_place.index];
     if (tile.request.index == kEnd) return;
     if constexpr (!std::is_same_v<M, T>) {
-      narrow_queries<S>(own_queries(), warp_row, score_factor);
+      narrow_queries<S>(own_queries(), thread_of_group() / 32 * 16, score_factor);
       fence_for_async();
       barrier_sync<128>(kFirstGroup + group);
     }
@@ -778,10 +845,11 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
     const int after = tile.key_tiles - before - count;
 #pragma unroll
     for (int j = 0; j < kHeadDim / 2; ++j) out[j] = 0;
+    const int tile_row = tile.row0 + own_row();
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       // Rows behind the request's last are of others, and must not make a warp rescale.
-      const int row = tile.row0 + group_row + warp_row + lane / 4 + 8 * h;
+      const int row = tile_row + 8 * h;
       row_max[h] = row < tile.request.rows ? -INFINITY : INFINITY;
       row_sum[h] = 0;
     }
@@ -790,30 +858,26 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
     if (count > 0) {
       int key0 = tile.key0 + (after + count - 1) * kBlockN;
       mbarrier_wait(&shared.k_full[k_place.index], k_place.phase);
-      wait_for_turn();
       wgmma_fence();
       issue_scores();
-      pass_turn();
       wgmma_wait<0>();
       after_wait(scores);
       release_keys();
-      softmax(tile, key0);
+      softmax(tile, key0, true);
       pack_weights();
 #pragma unroll 1
       for (int i = 1; i < count; ++i) {
         key0 -= kBlockN;
         mbarrier_wait(&shared.k_full[k_place.index], k_place.phase);
-        wait_for_turn();
         wgmma_fence();
         issue_scores();
         mbarrier_wait(&shared.v_full[v_place.index], v_place.phase);
         wgmma_fence();
         issue_values();
-        pass_turn();
         wgmma_wait<1>();
         after_wait(scores);
+        softmax(tile, key0, false);
         release_keys();
-        softmax(tile, key0);
         before_wait(row_sum[0] + row_sum[1]);
         wgmma_wait<0>();
         after_wait(out);
@@ -826,7 +890,7 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
       }
     }
     const int rows = tile.request.rows, q_begin = tile.request.q_begin, kv_head = tile.kv_head;
-    const int first_row = tile.row0 + group_row + warp_row + lane / 4;
+    const int first_row = tile.row0 + own_row(), lane = thread_of_group() % 32;
     const int piece = tile.piece, pieces = tile.pieces;
     const int number = tile.number, first_part = tile.first_part;
     warp_arrive(&shared.q_empty[q_place.index]);
@@ -834,45 +898,57 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
       mbarrier_wait(&shared.v_full[v_place.index], v_place.phase);
       wgmma_fence();
       issue_values();
-      wgmma_wait<0>();
-      after_wait(out);
-      release_values();
     }
-#pragma unroll 1
-    for (int i = 0; i < after; ++i) skip_key_tile();
-
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       row_sum[h] += __shfl_xor_sync(~0u, row_sum[h], 1);
       row_sum[h] += __shfl_xor_sync(~0u, row_sum[h], 2);
+      if (kSoftcap && row_max[h] != -INFINITY) row_max[h] = capped(row_max[h]);
     }
-    const int warp = 4 * group + warp_row / 16;
-    if (kSoftcap) {
+    // A query of the tile's and its head, of row h of a lane's two.
+    const auto query_of = [&](int h, int& head) {
+      const int row = min(first_row + 8 * h, rows - 1), query = p.group_divisor(row);
+      head = kv_head * p.group + row - query * p.group;
+      return int64_t{q_begin} + query;
+    };
+    float row_factor[2];
+    const auto finish_rows = [&] {
 #pragma unroll
-      for (int h = 0; h < 2; ++h)
-        if (row_max[h] != -INFINITY) row_max[h] = capped(row_max[h]);
-    }
+      for (int h = 0; h < 2; ++h) {
+        int head;
+        const int64_t token = query_of(h, head);
+        const float peak = row_max[h] * (S::kFp8    ? p.scale * score_factor[h]
+                                         : kSoftcap ? kLn2
+                                                    : p.scale);
+        const RowState state = finish_row(p, peak, row_sum[h], head);
+        row_factor[h] = state.factor;
+        if (p.lse && lane % 4 == 0 && first_row + 8 * h < rows)
+          p.lse[head * p.lse_stride_head + token] = state.lse;
+      }
+    };
+    // Under the last product. (With softcap registers are short.)
+    const bool early = !kSoftcap && pieces == 1;
+    if (early) finish_rows();
+    wgmma_wait<0>();
+    after_wait(out);
+    if (count > 0) release_values();
+#pragma unroll 1
+    for (int i = 0; i < after; ++i) skip_key_tile();
+
+    const int warp = 4 * group + thread_of_group() / 32;
     const float scales[2] = {kSoftcap ? 1.0f : scale_log2e(0), kSoftcap ? 1.0f : scale_log2e(1)};
     const Parts<4 * kGroups, kHeadDim> parts(p, first_part, pieces, warp);
     if (pieces > 1 && !parts.leave(piece, p.arrivals + number * 4 * kGroups + warp, scales, out,
                                    row_max, row_sum))
       continue;
+    if (!early) finish_rows();
     T* destination[2];
-    float row_factor[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int row = min(first_row + 8 * h, rows - 1);
-      const int query = p.group_divisor(row), head = kv_head * p.group + row - query * p.group;
-      const int64_t token = int64_t{q_begin} + query;
-      const float peak = row_max[h] * (S::kFp8    ? p.scale * score_factor[h]
-                                       : kSoftcap ? kLn2
-                                                  : p.scale);
-      const RowState state = finish_row(p, peak, row_sum[h], head);
-      row_factor[h] = state.factor;
+      int head;
+      const int64_t token = query_of(h, head);
       destination[h] = static_cast<T*>(p.out) + token * p.out_stride_token +
                        head * p.out_stride_head + 8 * (lane % 4);
-      if (p.lse && lane % 4 == 0 && first_row + 8 * h < rows)
-        p.lse[head * p.lse_stride_head + token] = state.lse;
     }
     const auto write = [&](int i, const float4(&sums)[4]) {
 #pragma unroll
@@ -1012,28 +1088,29 @@ cudaError_t launch(PrefillParams& d, cudaStream_t stream) {
 
 // How many warpgroups a block has: as many as share their keys well, fewer where that leaves
 // multiprocessors idle or tiles half empty. Requests are taken to be as long as the longest.
-int choose_groups(PrefillParams d, int head_dim, int most, float tile_cost) {
+int choose_groups(PrefillParams d, int head_dim, int most) {
   const AttentionParams& p = d.attention;
-  if (SPARSEK_HOPPER_WARPGROUPS) return std::min(SPARSEK_HOPPER_WARPGROUPS, most);
-  if (p.batch_invariant) return 2;  // others are compiled apart, and may round otherwise
+  int asked = SPARSEK_HOPPER_WARPGROUPS;
+  if (p.batch_invariant && !asked) asked = 2;  // others are compiled apart, and may round otherwise
   const int64_t rows = int64_t{p.max_seqlen_q} * p.group;
   const int64_t requests = (p.total_q + p.max_seqlen_q - 1) / p.max_seqlen_q;
-  int best = most;
+  int best = 1;
   float least = 0;
-  for (int groups = most; groups > 0; --groups) {
+  for (int groups = 1; groups <= most; ++groups) {
+    if (!has_groups(head_dim, groups) || (asked && groups > asked)) continue;
     const int64_t tiles = (rows + 64 * groups - 1) / (64 * groups) * requests * p.kv_heads;
     const int few = static_cast<int>(std::min<int64_t>(tiles, 1 << 24));
     d.most_parts = most_parts(p, groups, head_dim);
-    const float cost = best_split(d, few).cost * (tile_cost + groups);
-    if (groups == most || cost < least) best = groups, least = cost;
+    const float cost = best_split(d, few).cost * (kTileCost + groups);
+    if (groups == 1 || asked || cost <= least) best = groups, least = cost;
   }
   return best;
 }
 
 template <typename T, typename KV, int kHeadDim, bool kSoftcap>
 cudaError_t launch_best(PrefillParams& d, cudaStream_t stream) {
-  constexpr int kMostGroups = most_groups(kHeadDim, sizeof(KV) == 1);
-  switch (choose_groups(d, kHeadDim, kMostGroups, tile_cost(kHeadDim, sizeof(KV) == 1))) {
+  constexpr int kMostGroups = most_groups(kHeadDim, sizeof(KV) == 1, kSoftcap);
+  switch (choose_groups(d, kHeadDim, kMostGroups)) {
     case 1:
       return launch<T, KV, kHeadDim, kSoftcap, 1>(d, stream);
     case 2:
