@@ -12,12 +12,13 @@
 // warp looks for maxima in its first key tile and where there are masks, and elsewhere takes those
 // it has. Should weights come out far above 1 then, it multiplies that tile by its keys again.
 //
-// Where there are few tiles, or few left in the last round, several blocks share one: each has a
-// piece of its keys. The last of them to be done adds their results up.
+// Where there are few tiles, or few left in the last round, several blocks share one: each has some
+// of its rows, or a piece of its keys. Then the last of them to be done adds their results up.
 //
 // Keys and values of fp8 land in the second half of their place, and one more warpgroup writes them
 // all over it as fp16. bf16 queries become fp16 too, each row scaled to its range.
 #include <algorithm>
+#include <cfloat>
 #include <climits>
 
 #include "../common/request.cuh"
@@ -39,6 +40,7 @@ constexpr int kLeastPiece = 1024;  // keys
 // Of a thread's weights of a row in one key tile, by a maximum that may not be theirs: fp16 still
 // holds each of them.
 constexpr float kMostWeight = 32768;
+constexpr float kUnseen = -FLT_MAX;  // the maximum of a row that has seen no key
 
 // Of Config, by sparsek_vllm/build; 0 for what is best.
 #ifndef SPARSEK_HOPPER_WARPGROUPS
@@ -109,18 +111,19 @@ struct Tile {
   int key0;  // of the first key tile
   int key_tiles;
   struct Own {
-    KeyRange common;    // that every row of the warpgroup sees
-    int before, count;  // key tiles that none of them sees, then those that any of them sees
+    int before, count;         // key tiles that none of its rows sees, then those that any sees
+    int clear_from, clear_to;  // and of these the ones that all rows see all of
   } own[kGroups];
   // Of all keys that the rows see, those above are one of so many pieces; `number` counts tiles
-  // that may be split, and `first_part` the places for results before it.
+  // whose keys may be split, and `first_part` the places for results before it.
   int piece, pieces, number, first_part;
 };
 
 struct Split {
-  int whole;   // the first so many tiles stay whole
-  int pieces;  // of each of the rest, if it has keys for them
-  float cost;  // of the launch, in the time that a tile of keys takes
+  int whole;      // the first so many tiles stay whole
+  int row_parts;  // of each of the rest
+  int pieces;     // or of its keys, if it has keys for them
+  float cost;     // of the launch, in the time that 128 keys take a warpgroup
 };
 
 template <typename S>
@@ -151,6 +154,7 @@ struct PrefillParams {
   // A score x with softcap is cap * tanh(scale * x / cap): here times log2(e), and as factor of x
   // in a power of two.
   float softcap_log2e, softcap_rate;
+  int always_maxima;  // are looked for
 };
 
 // Place in a ring.
@@ -179,25 +183,29 @@ __host__ __device__ constexpr int part_floats(int warps, int head_dim) {
   return warps * 32 * (head_dim / 2 + 4);
 }
 
-// How the keys of so many tiles are best split. Those of full rounds, where each block has one,
-// stay whole.
-__host__ __device__ inline Split best_split(const PrefillParams& d, int tiles) {
+// How so many tiles are best split. Those of full rounds, where each block has one, stay whole.
+__host__ __device__ inline Split best_split(const PrefillParams& d, int tiles, int groups) {
   const int blocks = d.attention.multiprocessors;
   const int rounds = tiles / blocks, rest = tiles - rounds * blocks;
-  const auto cost = [&](int pieces) {
-    const float each = static_cast<float>((d.keys + pieces - 1) / pieces) / 128;
-    return static_cast<float>((pieces * rest + blocks - 1) / blocks) * (kTileOverhead + each);
+  const auto cost = [&](int row_parts, int pieces) {
+    const int rounds = (row_parts * pieces * rest + blocks - 1) / blocks;
+    const float keys = static_cast<float>((d.keys + pieces - 1) / pieces) / 128;
+    return static_cast<float>(rounds * (kTileCost + groups / row_parts)) * (kTileOverhead + keys);
   };
-  const float before =
-      static_cast<float>(rounds) * (kTileOverhead + static_cast<float>(d.keys) / 128);
-  Split best{rounds * blocks, 1, cost(1)};
-  const int most = d.attention.batch_invariant || rest == 0 ? 1 : d.most_parts / rest;
-  for (int n = 2; n <= most && n * kLeastPiece <= d.keys; ++n) {
-    if (kTileOverhead + kJoinCost + n * kPieceCost >= best.cost) break;
-    const float own = cost(n) + kJoinCost + n * kPieceCost;
-    if (own < best.cost) best = {rounds * blocks, n, own};
+  const float full = kTileCost + groups;
+  const auto joining = [&](int pieces) { return full * (kJoinCost + pieces * kPieceCost); };
+  Split best{rounds * blocks, 1, 1, cost(1, 1)};
+  if (rest > 0 && !d.attention.batch_invariant) {
+    for (int n = 2; n <= groups; ++n) {
+      if (groups % n == 0 && cost(n, 1) < best.cost) best = {rounds * blocks, n, 1, cost(n, 1)};
+    }
+    for (int n = 2; n <= d.most_parts / rest && n * kLeastPiece <= d.keys; ++n) {
+      if (full * kTileOverhead + joining(n) >= best.cost) break;
+      const float own = cost(1, n) + joining(n);
+      if (own < best.cost) best = {rounds * blocks, 1, n, own};
+    }
   }
-  best.cost += before;
+  best.cost += full * rounds * (kTileOverhead + static_cast<float>(d.keys) / 128);
   return best;
 }
 
@@ -213,7 +221,7 @@ __device__ void count_tiles(const AttentionParams& p, Shared<S>& shared) {
   __syncthreads();
 }
 
-// The id-th piece of a tile. False if that tile has fewer.
+// The id-th tile or part of one. False if that tile has fewer.
 template <typename S>
 __device__ bool find_tile(const PrefillParams& d, const Shared<S>& shared, int id,
                           Tile<S::kGroups>& found) {
@@ -222,14 +230,20 @@ __device__ bool find_tile(const PrefillParams& d, const Shared<S>& shared, int i
   const int* up_to = shared.tiles_up_to;
   const int total = up_to[S::kThreads - 1];
   found.request.index = kEnd;
-  const int split_id = id - shared.split.whole;  // counts pieces of tiles that are split
+  const int split_id = id - shared.split.whole;  // counts parts of tiles that are split
   found.piece = found.number = 0;
-  int most = 1;
+  int most = 1, part = 0, part_rows = S::kBlockM;
   if (split_id >= 0) {
+    const int row_parts = shared.split.row_parts;
     most = shared.split.pieces;
-    found.number = split_id / most;
-    found.piece = split_id - found.number * most;
+    found.number = split_id / (most * row_parts);
+    found.piece = split_id - found.number * (most * row_parts);
     id = shared.split.whole + found.number;
+    if (row_parts > 1) {
+      part = found.piece;
+      part_rows /= row_parts;
+      found.piece = found.number = 0;
+    }
   }
   if (id >= total * p.kv_heads) return true;
   // Late tiles first: under a causal mask they are the heaviest, and the light ones at the end even
@@ -246,10 +260,12 @@ __device__ bool find_tile(const PrefillParams& d, const Shared<S>& shared, int i
   int b = thread * requests_a_thread<S::kThreads>(p), before = thread ? up_to[thread - 1] : 0;
   for (int n; before + (n = tiles_of<S::kBlockM>(p, b)) <= tile; ++b) before += n;
 
-  const Request request(p, b);
-  const int row0 = (tile - before) * S::kBlockM;
-  const int first = p.group_divisor(row0);
-  const int last = p.group_divisor(min(row0 + S::kBlockM, request.rows) - 1);
+  Request request(p, b);
+  const int row0 = (tile - before) * S::kBlockM + part * part_rows;
+  if (row0 >= request.rows) return false;
+  found.usable = request.keys(p, 0, p.group_divisor(request.rows - 1));
+  request.rows = min(request.rows, row0 + part_rows);
+  const int first = p.group_divisor(row0), last = p.group_divisor(request.rows - 1);
   found.request = request;
   found.row0 = row0;
   KeyRange keys = request.keys(p, first, last);
@@ -257,7 +273,6 @@ __device__ bool find_tile(const PrefillParams& d, const Shared<S>& shared, int i
   found.key0 = request.tile_begin<kBlockN>(p, keys.begin);
   found.key_tiles = keys.begin < keys.end ? key_tiles_to(keys.end) : 0;
   if constexpr (!S::kFp8) {  // boxes begin where the tile does
-    found.usable = request.keys(p, 0, p.group_divisor(request.rows - 1));
     if ((found.usable.begin - found.key0) % d.box_keys == 0) found.usable.begin = INT_MIN;
     if ((found.usable.end - found.key0) % d.box_keys == 0) found.usable.end = INT_MAX;
   }
@@ -277,16 +292,19 @@ __device__ bool find_tile(const PrefillParams& d, const Shared<S>& shared, int i
   for (int group = 0; group < S::kGroups; ++group) {
     auto& own = found.own[group];
     const int own_row0 = row0 + 64 * group;
-    own = {{0, 0}, found.key_tiles, 0};
+    own = {found.key_tiles, 0, 0, 0};
     if (own_row0 >= request.rows) continue;
     const int own_first = p.group_divisor(own_row0);
     const int own_last = p.group_divisor(min(own_row0 + 64, request.rows) - 1);
     const KeyRange all = request.keys(p, own_first, own_last);
     const KeyRange seen{max(all.begin, keys.begin), min(all.end, keys.end)};
-    own.common = {request.keys(p, own_last).begin, request.keys(p, own_first).end};
     if (seen.begin >= seen.end) continue;
     own.before = found.key_tiles - key_tiles_to(seen.end);
     own.count = key_tiles_to(seen.end) - (seen.begin - found.key0) / kBlockN;
+    const KeyRange common{request.keys(p, own_last).begin, request.keys(p, own_first).end};
+    const int end = found.key0 + key_tiles_to(seen.end) * kBlockN;  // of the first tile
+    own.clear_from = max(0, (end - common.end + kBlockN - 1) / kBlockN);
+    own.clear_to = (end - max(common.begin, found.key0)) / kBlockN;
   }
   return true;
 }
@@ -451,7 +469,8 @@ __device__ void load_queries(const PrefillParams& d, Shared<S>& shared, int thre
   const auto next_id = [&] { return d.own_tiles + atomicAdd(p.tile_counters, 1); };
   int id = blockIdx.x;
   if (thread == 0 && d.own_tiles == 0) id = next_id();
-  if (thread == 0) shared.split = best_split(d, shared.tiles_up_to[S::kThreads - 1] * p.kv_heads);
+  if (thread == 0)
+    shared.split = best_split(d, shared.tiles_up_to[S::kThreads - 1] * p.kv_heads, S::kGroups);
   for (Place<2> tiles;; tiles.advance()) {
     Tile<S::kGroups>& tile = shared.tiles[tiles.index];
     if (thread < 32) {
@@ -571,9 +590,9 @@ struct Parts {
 
   // A thread's sums over one piece of the keys, and of its two rows the maxima and the sums of
   // weights. The warp that is the last of the pieces to come here gets the last two over all of
-  // them, and true. `scale_log2e` turns maxima into powers of two.
-  __device__ bool leave(int piece, int* counter, const float (&scale_log2e)[2],
-                        const float (&out)[kHeadDim / 2], float (&peak)[2], float (&sum)[2]) const {
+  // them, and true.
+  __device__ bool leave(int piece, int* counter, const float (&out)[kHeadDim / 2], float (&peak)[2],
+                        float (&sum)[2]) const {
     float4* own = first + piece * kPart;
 #pragma unroll
     for (int i = 0; i < kSums; ++i)
@@ -597,21 +616,19 @@ struct Parts {
 #pragma unroll 8
     for (int k = 0; k < pieces; ++k) {
       const float4 state = __ldcg(first + k * kPart + 32 * kSums);
-      sum[0] += weight(state.x, peak[0], scale_log2e[0]) * state.z;
-      sum[1] += weight(state.y, peak[1], scale_log2e[1]) * state.w;
+      sum[0] += exp2_approx(state.x - peak[0]) * state.z;
+      sum[1] += exp2_approx(state.y - peak[1]) * state.w;
     }
     return true;
   }
 
   // Of a thread's sums, taken in fours, fours i to i + 3 over all pieces, in their order.
-  __device__ void add_up(int i, const float (&scale_log2e)[2], const float (&peak)[2],
-                         float4 (&total)[4]) const {
+  __device__ void add_up(int i, const float (&peak)[2], float4 (&total)[4]) const {
 #pragma unroll(kHeadDim > 128 ? 8 : 4)  // as many loads in flight as there are registers for
     for (int k = 0; k < pieces; ++k) {
       const float4* part = first + k * kPart;
       const float4 state = __ldcg(part + 32 * kSums);
-      const float factor[2] = {weight(state.x, peak[0], scale_log2e[0]),
-                               weight(state.y, peak[1], scale_log2e[1])};
+      const float factor[2] = {exp2_approx(state.x - peak[0]), exp2_approx(state.y - peak[1])};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const float4 four = __ldcg(part + 32 * (i + j));
@@ -619,11 +636,6 @@ struct Parts {
         total[j].z += factor[1] * four.z, total[j].w += factor[1] * four.w;
       }
     }
-  }
-
- private:
-  __device__ static float weight(float own, float peak, float scale_log2e) {
-    return peak == -INFINITY ? 0.0f : exp2_approx((own - peak) * scale_log2e);
   }
 };
 
@@ -654,8 +666,7 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
   float out[kHeadDim / 2];
   float scores[kBlockN / 2];
   uint32_t weights[kKeySteps][4];
-  float row_max[2] = {}, row_sum[2] = {}, factor[2];
-  bool rescale = false;
+  float row_max[2] = {}, row_sum[2] = {}, factor[2];  // maxima as powers of two
   float score_factor[2] = {1, 1};
   const auto scale_log2e = [&](int h) {
     return S::kFp8 ? usable_scale(p.scale_log2e * score_factor[h]) : p.scale_log2e;
@@ -663,14 +674,6 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
 
   const auto own_queries = [&] {
     return shared.q[q_place.index % S::kQueryPlaces] + group_row * kChunkBytes;
-  };
-  const auto release_keys = [&] {
-    warp_arrive(&shared.k_empty[k_place.index]);
-    k_place.advance();
-  };
-  const auto release_values = [&] {
-    warp_arrive(&shared.v_empty[v_place.index]);
-    v_place.advance();
   };
   const auto issue_scores = [&] {
     const uint64_t q = matrix_descriptor(shared_address(own_queries()));
@@ -745,65 +748,56 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
       }
     }
   };
-  // Rows' maxima, if scores exceed them; `factor` then is for the sums so far.
+  // Rows' maxima, if scores exceed them; then true, and `factor` is for the sums so far.
   const auto find_maxima = [&] {
     float peaks[4] = {scores[0], scores[1], scores[2], scores[3]};  // as many in flight
 #pragma unroll
     for (int i = 4; i < kBlockN / 2; ++i) peaks[i % 4] = fmaxf(peaks[i % 4], scores[i]);
-    const float peak[2] = {fmaxf(peaks[0], peaks[1]), fmaxf(peaks[2], peaks[3])};
-    const bool grown = (peak[0] - row_max[0]) * scale_log2e(0) > p.rescale_slack ||
-                       (peak[1] - row_max[1]) * scale_log2e(1) > p.rescale_slack;
-    rescale = __any_sync(~0u, grown);
-    if (!rescale) return;
+    float peak[2] = {fmaxf(peaks[0], peaks[1]), fmaxf(peaks[2], peaks[3])};
+#pragma unroll
+    for (int h = 0; h < 2; ++h) peak[h] = kSoftcap ? capped(peak[h]) : peak[h] * scale_log2e(h);
+    const bool grown =
+        peak[0] - row_max[0] > p.rescale_slack || peak[1] - row_max[1] > p.rescale_slack;
+    if (!__any_sync(~0u, grown)) return false;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float x = fmaxf(peak[h], row_max[h]);
       x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
       x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-      // While a row has seen no key, its sum is 0 and any factor but NaN will do.
-      const float growth =
-          kSoftcap ? capped(row_max[h]) - capped(x) : (row_max[h] - x) * scale_log2e(h);
-      factor[h] = x == -INFINITY ? 1.0f : exp2_approx(growth);
+      factor[h] = exp2_approx(row_max[h] - x);
       row_max[h] = x;
       row_sum[h] *= factor[h];
     }
+    return true;
   };
-  // Scores become weights, in place; their sums over the two rows are added to `sums`.
-  const auto exponentials = [&](bool with_maxima, float (&sums)[2]) {
+  // Scores become weights, in place, with their sums over the two rows.
+  const auto exponentials = [&](float (&sums)[2]) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      // Of a row that has seen no key the weights are infinite, if no maximum was looked for.
-      const bool unseen = row_max[h] == -INFINITY;
-      const float peak = unseen && with_maxima ? 0.0f : row_max[h];
-      const float capped_peak = capped(peak);
-      const Exponential<false> exponential(peak, scale_log2e(h));
 #pragma unroll
       for (int i = 0; i < kBlockN / 4; ++i) {
         float& score = scores[i / 2 * 4 + 2 * h + i % 2];
         if (kSoftcap) {
-          score = score == -INFINITY ? 0.0f : exp2_approx(capped(score) - capped_peak);
+          score = score == -INFINITY ? 0.0f : exp2_approx(capped(score) - row_max[h]);
         } else {
-          score = exponential(score);
+          score = exp2_approx(fmaf(score, scale_log2e(h), -row_max[h]));
         }
-        sums[h] += score;
+        sums[h] = i > 0 ? sums[h] + score : score;
       }
     }
   };
-  const auto softmax = [&](const Tile<kGroups>& tile, int key0, bool first) {
-    const KeyRange common = tile.own[group].common;
-    const bool masked = key0 < common.begin || key0 + kBlockN > common.end;
-    bool with_maxima = kAlwaysMaxima || first || masked || p.batch_invariant;
-    if (masked) mask_scores(tile, key0);
-    rescale = false;
+  // Returns whether `factor` is for the sums so far.
+  const auto softmax = [&](bool with_maxima) {
+    bool rescale = false;
     for (;;) {
-      if (with_maxima) find_maxima();
-      float sums[2] = {0, 0};
-      exponentials(with_maxima, sums);
+      if (with_maxima) rescale = find_maxima();
+      float sums[2];
+      exponentials(sums);
       // (A NaN is not below it either.)
       const bool small = sums[0] <= kMostWeight && sums[1] <= kMostWeight;
       if (with_maxima || !__any_sync(~0u, !small)) {
         row_sum[0] += sums[0], row_sum[1] += sums[1];
-        return;
+        return rescale;
       }
       multiply_again();
       with_maxima = true;
@@ -821,9 +815,11 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
   // A key tile that no row of the warpgroup sees.
   const auto skip_key_tile = [&] {
     mbarrier_wait(&shared.k_full[k_place.index], k_place.phase);
-    release_keys();
+    warp_arrive(&shared.k_empty[k_place.index]);
+    k_place.advance();
     mbarrier_wait(&shared.v_full[v_place.index], v_place.phase);
-    release_values();
+    warp_arrive(&shared.v_empty[v_place.index]);
+    v_place = k_place;
   };
 
   for (;; q_place.advance()) {
@@ -850,24 +846,30 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
     for (int h = 0; h < 2; ++h) {
       // Rows behind the request's last are of others, and must not make a warp rescale.
       const int row = tile_row + 8 * h;
-      row_max[h] = row < tile.request.rows ? -INFINITY : INFINITY;
+      row_max[h] = row < tile.request.rows ? kUnseen : INFINITY;
       row_sum[h] = 0;
     }
 #pragma unroll 1
     for (int i = 0; i < before; ++i) skip_key_tile();
+    const int clear_from = tile.own[group].clear_from, clear_to = tile.own[group].clear_to;
+    const auto mask_if_needed = [&](int i) {
+      if (i >= clear_from && i < clear_to) return false;
+      mask_scores(tile, tile.key0 + (after + count - 1 - i) * kBlockN);
+      return true;
+    };
     if (count > 0) {
-      int key0 = tile.key0 + (after + count - 1) * kBlockN;
       mbarrier_wait(&shared.k_full[k_place.index], k_place.phase);
       wgmma_fence();
       issue_scores();
       wgmma_wait<0>();
       after_wait(scores);
-      release_keys();
-      softmax(tile, key0, true);
+      warp_arrive(&shared.k_empty[k_place.index]);
+      mask_if_needed(0);
+      softmax(true);
       pack_weights();
 #pragma unroll 1
       for (int i = 1; i < count; ++i) {
-        key0 -= kBlockN;
+        k_place.advance();
         mbarrier_wait(&shared.k_full[k_place.index], k_place.phase);
         wgmma_fence();
         issue_scores();
@@ -876,12 +878,14 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
         issue_values();
         wgmma_wait<1>();
         after_wait(scores);
-        softmax(tile, key0, false);
-        release_keys();
-        before_wait(row_sum[0] + row_sum[1]);
+        const bool masked = mask_if_needed(i);
+        const bool rescale = softmax(masked || kAlwaysMaxima || d.always_maxima);
+        warp_arrive(&shared.k_empty[k_place.index]);
+        if (kAlwaysMaxima) before_wait(row_sum[0] + row_sum[1]);
         wgmma_wait<0>();
         after_wait(out);
-        release_values();
+        warp_arrive(&shared.v_empty[v_place.index]);
+        v_place = k_place;
         if (rescale) {
 #pragma unroll
           for (int j = 0; j < kHeadDim / 2; ++j) out[j] *= factor[j / 2 % 2];
@@ -903,7 +907,6 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
     for (int h = 0; h < 2; ++h) {
       row_sum[h] += __shfl_xor_sync(~0u, row_sum[h], 1);
       row_sum[h] += __shfl_xor_sync(~0u, row_sum[h], 2);
-      if (kSoftcap && row_max[h] != -INFINITY) row_max[h] = capped(row_max[h]);
     }
     // A query of the tile's and its head, of row h of a lane's two.
     const auto query_of = [&](int h, int& head) {
@@ -917,10 +920,7 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
       for (int h = 0; h < 2; ++h) {
         int head;
         const int64_t token = query_of(h, head);
-        const float peak = row_max[h] * (S::kFp8    ? p.scale * score_factor[h]
-                                         : kSoftcap ? kLn2
-                                                    : p.scale);
-        const RowState state = finish_row(p, peak, row_sum[h], head);
+        const RowState state = finish_row(p, kLn2 * row_max[h], row_sum[h], head);
         row_factor[h] = state.factor;
         if (p.lse && lane % 4 == 0 && first_row + 8 * h < rows)
           p.lse[head * p.lse_stride_head + token] = state.lse;
@@ -931,15 +931,18 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
     if (early) finish_rows();
     wgmma_wait<0>();
     after_wait(out);
-    if (count > 0) release_values();
+    if (count > 0) {
+      warp_arrive(&shared.v_empty[v_place.index]);
+      k_place.advance();
+      v_place = k_place;
+    }
 #pragma unroll 1
     for (int i = 0; i < after; ++i) skip_key_tile();
 
     const int warp = 4 * group + thread_of_group() / 32;
-    const float scales[2] = {kSoftcap ? 1.0f : scale_log2e(0), kSoftcap ? 1.0f : scale_log2e(1)};
     const Parts<4 * kGroups, kHeadDim> parts(p, first_part, pieces, warp);
-    if (pieces > 1 && !parts.leave(piece, p.arrivals + number * 4 * kGroups + warp, scales, out,
-                                   row_max, row_sum))
+    if (pieces > 1 &&
+        !parts.leave(piece, p.arrivals + number * 4 * kGroups + warp, out, row_max, row_sum))
       continue;
     if (!early) finish_rows();
     T* destination[2];
@@ -980,7 +983,7 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
 #pragma unroll 1
       for (int i = 0; i < kHeadDim / 8; i += 4) {
         float4 sums[4] = {};
-        parts.add_up(i, scales, row_max, sums);
+        parts.add_up(i, row_max, sums);
         write(i, sums);
       }
     }
@@ -1101,8 +1104,8 @@ int choose_groups(PrefillParams d, int head_dim, int most) {
     const int64_t tiles = (rows + 64 * groups - 1) / (64 * groups) * requests * p.kv_heads;
     const int few = static_cast<int>(std::min<int64_t>(tiles, 1 << 24));
     d.most_parts = most_parts(p, groups, head_dim);
-    const float cost = best_split(d, few).cost * (kTileCost + groups);
-    if (groups == 1 || asked || cost <= least) best = groups, least = cost;
+    const float cost = best_split(d, few, groups).cost;
+    if (groups == 1 || asked || cost < least) best = groups, least = cost;
   }
   return best;
 }
@@ -1128,6 +1131,8 @@ cudaError_t prefill(const AttentionParams& p, cudaStream_t stream) {
   d.attention = p;
   d.keys = static_cast<int>(most_keys(p, 64 / p.group + 1));
   d.own_tiles = p.keys_a_pair > 0 ? 0 : p.multiprocessors;
+  // Else the bits of a row depend on others that its warp has.
+  d.always_maxima = p.batch_invariant;
   // Without a causal mask tiles are alike, and blocks drift apart: heads whose keys and values stay
   // in the L2 cache go together, as many each time.
   const int64_t head_bytes = int64_t{2 * sizeof(KV) * kHeadDim} * p.max_seqlen_k;

@@ -396,7 +396,7 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 HOPPER_TILES = (
-    "those of Hopper's own prefill are: block_m 128 or 192, num_warps a sixteenth of it, "
+    "those of Hopper's own prefill are: block_m 128, 192 or 256, num_warps a sixteenth of it, "
     "block_n 128, num_stages 3 to 6; where registers are short there are fewer rows or keys"
 )
 
@@ -411,7 +411,7 @@ def hopper_tiles(tiles: Mapping[str, int]) -> dict[str, int] | None:
         tiles[name] * each for name, each in (("block_m", 1), ("num_warps", 16)) if name in tiles
     }
     stages = tiles.get("num_stages", 0)
-    if len(rows) > 1 or rows - {128, 192} or stages not in (0, *range(3, 7)):
+    if len(rows) > 1 or rows - {128, 192, 256} or stages not in (0, *range(3, 7)):
         return None
     if tiles.get("block_n", 128) != 128:
         return None

@@ -57,11 +57,12 @@ class Config:
             ``"portable"``, or ``"auto"``: Hopper's own on Hopper, portable ones elsewhere.
 
     A tile field at its default is chosen for you (so 64 rows cannot be asked for). Hopper's own
-    kernels are persistent, warp-specialised and use TMA, and their prefill can have tiles of 128 or
-    192 by 128, ``num_warps`` a sixteenth of ``block_m``, 3 to 6 stages: with other fields
-    ``"auto"`` is portable, and ``"hopper"`` is refused when kernels are loaded. There 192 rows mean
-    128 with fp8 or a head_dim of 256; there are 80 keys with 192 rows at 128 and always at 256; and
-    ``num_stages`` is what fits, two at 256. The portable kernels' tiles are what they are above a
+    kernels are persistent, warp-specialised and use TMA, and their prefill can have tiles of 128,
+    192 or 256 by 128, ``num_warps`` a sixteenth of ``block_m``, 3 to 6 stages: with other fields
+    ``"auto"`` is portable, and ``"hopper"`` is refused when kernels are loaded. Where there are no
+    registers for them tiles are smaller: 256 rows at a head_dim of 64 alone, and 192 at 128 alone,
+    both of 64 keys, neither with fp8, nor at 64 with softcap; 80 keys at 256. ``num_stages`` is
+    what fits, two at 256. The portable kernels' tiles are what they are above a
     head_dim of 128, and ``block_m`` with fp8, softcap, bias or spans.
 
     Raises:
