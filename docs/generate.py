@@ -182,8 +182,7 @@ is refused at start-up. Other head sizes than those of TRITON_ATTN here were not
 {table}
 
 Head sizes {own} run on Hopper's own kernels, but for what [takes portable
-ones](KERNELS.md#on-hopper) there too, the others on the portable ones; 512 has run in emulation
-alone. The CPU reference
+ones](KERNELS.md#on-hopper) there too, the others on the portable ones. The CPU reference
 takes {on_cpu}, and keeps keys and values in {", ".join(backend.kv_cache_dtypes(on_cpu=True))};
 it is not batch-invariant.
 

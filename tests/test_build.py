@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
@@ -51,7 +52,9 @@ def wheel_library(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         )
 
 
+@functools.cache
 def dump(library: Path, *options: str) -> str:
+    """Disassembling a library takes minutes."""
     return subprocess.run(
         [CUOBJDUMP, *options, library], capture_output=True, text=True, check=True
     ).stdout
