@@ -38,8 +38,8 @@ DECODE_REGISTERS = 168
 PREFILL_REGISTERS = {1: 232, 2: 168, 3: 128, 4: 96}
 # Dtype, fp8 or not, head_dim; two tiles of rows or one (at 256 one), wide, general.
 HOPPER_DECODE = 2 * 2 * (4 + 4 + 3)
-# Dtype, head_dim; one warpgroup, two, and at 64 four, at 128 three, but not with fp8, nor at 64 with
-# softcap; without softcap and, but for fp8, with it. At 256 there is none with fp8.
+# Dtype, head_dim; one warpgroup, two, and at 64 four, at 128 three, but not with fp8, nor at 64
+# with softcap; without softcap and, but for fp8, with it. At 256 there is none with fp8.
 HOPPER_PREFILL = 2 * ((3 + 2 + 2) + (2 * 3 + 2) + 2 * 2)
 
 
