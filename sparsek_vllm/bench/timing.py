@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 from collections.abc import Callable
 
@@ -10,7 +11,7 @@ import torch
 # Call number i: it picks the i-th copy of the inputs, modulo their number.
 Call = Callable[[int], object]
 
-_ROUNDS = 9
+_ROUNDS = 15
 _GRAPH_US = 3000.0
 
 
@@ -28,7 +29,8 @@ def time_in_graphs(calls: dict[str, Call], copies: int) -> dict[str, float]:
     """Median microseconds of one call for each name.
 
     Every contender is captured in a CUDA graph of many calls that rotate over ``copies`` of the
-    inputs; the graphs are replayed in turn, round after round, since the card's clocks drift.
+    inputs. The graphs are replayed in turn, round after round, since the card's clocks drift, each
+    time in another order: for some milliseconds a contender's power still slows who comes next.
 
     Raises:
         BenchError: a contender cannot be captured in a graph.
@@ -53,8 +55,10 @@ def time_in_graphs(calls: dict[str, Call], copies: int) -> dict[str, float]:
             graph.replay()
             graphs[name] = graph, repeats
         times: dict[str, list[float]] = {name: [] for name in calls}
+        orders = random.Random(0)
         for _ in range(_ROUNDS):
-            for name, (graph, repeats) in graphs.items():
+            for name in orders.sample(list(graphs), len(graphs)):
+                graph, repeats = graphs[name]
                 times[name].append(_elapsed_us(graph.replay) / repeats)
     torch.cuda.current_stream().wait_stream(stream)
     return {name: statistics.median(own) for name, own in times.items()}
