@@ -35,7 +35,7 @@ constexpr int kSectionBytes = 40 << 20;  // of 50 or 60 MB of L2 cache
 // pieces up takes, once and for each. (Fitted to times of 1 to 8 pieces.)
 constexpr float kTileOverhead = 5, kJoinCost = 2, kPieceCost = 1;
 // And what it takes beside its warpgroups, where each of them takes 1.
-constexpr float kTileCost = 1.25f;
+constexpr float kTileCost = 2;
 constexpr int kLeastPiece = 1024;  // keys
 // Of a thread's weights of a row in one key tile, by a maximum that may not be theirs: fp16 still
 // holds each of them.
