@@ -188,9 +188,9 @@ __host__ __device__ inline Split best_split(const PrefillParams& d, int tiles, i
   const int blocks = d.attention.multiprocessors;
   const int rounds = tiles / blocks, rest = tiles - rounds * blocks;
   const auto cost = [&](int row_parts, int pieces) {
-    const int rounds = (row_parts * pieces * rest + blocks - 1) / blocks;
+    const int more = (row_parts * pieces * rest + blocks - 1) / blocks;
     const float keys = static_cast<float>((d.keys + pieces - 1) / pieces) / 128;
-    return static_cast<float>(rounds * (kTileCost + groups / row_parts)) * (kTileOverhead + keys);
+    return static_cast<float>(more * (kTileCost + groups / row_parts)) * (kTileOverhead + keys);
   };
   const float full = kTileCost + groups;
   const auto joining = [&](int pieces) { return full * (kJoinCost + pieces * kPieceCost); };
