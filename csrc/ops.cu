@@ -38,8 +38,9 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr double kLog2e = 1.4426950408889634;
-// Prefill rescales rows only when the maximum of one of their warp's has grown by more than this
-// many powers of two: exponentials stay below 2^8, which fp16 holds. Idea: FlashAttention-4.
+// Where prefill looks for maxima it rescales rows only when that of one of their warp's has grown
+// by more than this many powers of two: exponentials stay below 2^8, which fp16 holds. Idea:
+// FlashAttention-4. (Hopper's looks for them in some tiles only: see kMostWeight there.)
 constexpr float kRescaleSlack = 8.0f;
 // AttentionParams::keys_a_pair of 16 bits: memory's bandwidth over a multiprocessor's rate of
 // products, on an H100.
@@ -240,7 +241,8 @@ void share_out_requests(AttentionParams& p, bool hopper_prefill, int head_dim, i
 // Fills in what follows from the rest and from the device, and launches.
 //
 // Batch-invariant, all is prefill's, which then splits no keys and whose key tiles depend on the
-// request alone; without slack a row's rescaling does not depend on the others of its warp.
+// request alone; without slack, and with maxima looked for in every tile, a row's rescaling does
+// not depend on the others of its warp.
 void run_attention(AttentionParams& p, const Tensor& q, bool fp8, const OptionalTensor& workspace,
                    bool hopper, int64_t min_seqlen_q) {
   const int64_t head_dim = q.size(q.dim() - 1), most_rows = int64_t{p.max_seqlen_q} * p.group;
@@ -349,7 +351,7 @@ void varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
   p.total_q = static_cast<int>(total_q);
   p.max_seqlen_q = static_cast<int>(std::clamp<int64_t>(max_seqlen_q, 1, total_q));
   p.scale = static_cast<float>(scale);
-  p.scale_log2e = static_cast<float>(scale * kLog2e);
+  p.scale_log2e = usable_scale(static_cast<float>(scale * kLog2e));
   p.softcap = static_cast<float>(softcap);
   // Large enough for any position, small enough that no sum overflows.
   const int64_t unlimited = int64_t{1} << 30;
@@ -406,7 +408,7 @@ void attention(const Tensor& q, const Tensor& k, const Tensor& v, const Optional
   p.total_q = static_cast<int>(requests * rows);
   p.max_seqlen_q = p.max_seqlen_k = static_cast<int>(rows);
   p.scale = static_cast<float>(scale);
-  p.scale_log2e = static_cast<float>(scale * kLog2e);
+  p.scale_log2e = usable_scale(static_cast<float>(scale * kLog2e));
   p.window_left = p.window_right = -1;
   run_attention(p, q, false, workspace, hopper, rows);
 }

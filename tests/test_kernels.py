@@ -120,6 +120,15 @@ def test_few_queries_on_long_keys(
             assert parts.isnan().all() != own
 
 
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_last_tiles_split_by_rows(head_dim: int, group: int) -> None:
+    """A few more tiles than multiprocessors, and keys too short for pieces."""
+    heads, requests = (8, 4) if ON_GPU else (2, 1)
+    rows = (1216 if ON_GPU else 700) // group
+    Batch([(rows, rows + 30)] * requests, heads, group, head_dim).check()
+
+
 @FP8
 @pytest.mark.parametrize("head_dim", [64, 128, *[256] * (ON_GPU or HOPPER)])
 def test_decodes_beside_prompts(head_dim: int, fp8: bool) -> None:

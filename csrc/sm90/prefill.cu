@@ -10,10 +10,10 @@
 //
 // Instructions of the softmax are what time goes into, a sixth of them for the maxima of rows. So a
 // warp looks for maxima in its first key tile and where there are masks, and elsewhere takes those
-// it has. Should weights come out far above 1 then, it multiplies that tile by its keys again.
+// it has. Should weights come out far above 1 then, it multiplies its queries by those keys again.
 //
 // Where there are few tiles, or few left in the last round, several blocks share one: each has some
-// of its rows, or a piece of its keys. Then the last of them to be done adds their results up.
+// of its rows, or a piece of its keys; of the pieces the last one to be done adds the results up.
 //
 // Keys and values of fp8 land in the second half of their place, and one more warpgroup writes them
 // all over it as fp16. bf16 queries become fp16 too, each row scaled to its range.
@@ -34,11 +34,11 @@ constexpr int kSectionBytes = 40 << 20;  // of 50 or 60 MB of L2 cache
 // In the time that a tile of 128 keys takes: what a tile takes beside its keys, and what adding
 // pieces up takes, once and for each. (Fitted to times of 1 to 8 pieces.)
 constexpr float kTileOverhead = 5, kJoinCost = 2, kPieceCost = 1;
-// And what it takes beside its warpgroups, where each of them takes 1.
+// All of that takes as many times as long as the block has warpgroups, and this more.
 constexpr float kTileCost = 2;
 constexpr int kLeastPiece = 1024;  // keys
-// Of a thread's weights of a row in one key tile, by a maximum that may not be theirs: fp16 still
-// holds each of them.
+// That a thread's weights of a row in one key tile may add up to where the maximum is an old one;
+// above, maxima are looked for. So fp16 holds each of them.
 constexpr float kMostWeight = 32768;
 constexpr float kUnseen = -FLT_MAX;  // the maximum of a row that has seen no key
 
@@ -102,7 +102,7 @@ struct Shape {
 // Rows of queries and the keys that they need.
 template <int kGroups>
 struct Tile {
-  Request request;  // its index is kEnd behind the last tile
+  Request request;  // its rows end where the tile's do; its index is kEnd behind the last tile
   int kv_head, row0;
   KeyRange keys;  // that any row sees
   // Without fp8: values of others can be NaN, which a weight of 0 does not cancel, and come in
@@ -121,8 +121,8 @@ struct Tile {
 
 struct Split {
   int whole;      // the first so many tiles stay whole
-  int row_parts;  // of each of the rest
-  int pieces;     // or of its keys, if it has keys for them
+  int row_parts;  // of each of the rest; or, if this is 1,
+  int pieces;     // of its keys, if it has keys for them
   float cost;     // of the launch, in the time that 128 keys take a warpgroup
 };
 
@@ -154,7 +154,7 @@ struct PrefillParams {
   // A score x with softcap is cap * tanh(scale * x / cap): here times log2(e), and as factor of x
   // in a power of two.
   float softcap_log2e, softcap_rate;
-  int always_maxima;  // are looked for
+  int always_maxima;  // maxima are looked for in every key tile
 };
 
 // Place in a ring.
@@ -221,7 +221,7 @@ __device__ void count_tiles(const AttentionParams& p, Shared<S>& shared) {
   __syncthreads();
 }
 
-// The id-th tile or part of one. False if that tile has fewer.
+// The id-th tile or part of one. False if its tile has no such part.
 template <typename S>
 __device__ bool find_tile(const PrefillParams& d, const Shared<S>& shared, int id,
                           Tile<S::kGroups>& found) {
@@ -700,7 +700,8 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
     const float share = reciprocal_approx(1 + exp2_approx(score * d.softcap_rate));
     return fmaf(-2 * d.softcap_log2e, share, d.softcap_log2e);
   };
-  // The warp's scores of the key tile at hand once more, by itself.
+  // The warp's scores of the last key tile once more; by mma.sync, since other warps may not need
+  // them. Neither these keys nor the queries have been released.
   const auto multiply_again = [&] {
     const char *q = own_queries(), *k = shared.k[k_place.index];
     const int thread = thread_of_group(), lane = thread % 32;
@@ -748,7 +749,8 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
       }
     }
   };
-  // Rows' maxima, if scores exceed them; then true, and `factor` is for the sums so far.
+  // Rows' maxima, if scores exceed one of the warp's by more than the slack; then true, and
+  // `factor` is for the sums so far.
   const auto find_maxima = [&] {
     float peaks[4] = {scores[0], scores[1], scores[2], scores[3]};  // as many in flight
 #pragma unroll
@@ -770,7 +772,7 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
     }
     return true;
   };
-  // Scores become weights, in place, with their sums over the two rows.
+  // Scores become weights, in place, with the sum of each of the two rows.
   const auto exponentials = [&](float (&sums)[2]) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -844,7 +846,7 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
     const int tile_row = tile.row0 + own_row();
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      // Rows behind the request's last are of others, and must not make a warp rescale.
+      // Rows behind the tile's last are of others, and must not make a warp rescale.
       const int row = tile_row + 8 * h;
       row_max[h] = row < tile.request.rows ? kUnseen : INFINITY;
       row_sum[h] = 0;
@@ -878,10 +880,14 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
         issue_values();
         wgmma_wait<1>();
         after_wait(scores);
+        if (kAlwaysMaxima) warp_arrive(&shared.k_empty[k_place.index]);
         const bool masked = mask_if_needed(i);
         const bool rescale = softmax(masked || kAlwaysMaxima || d.always_maxima);
-        warp_arrive(&shared.k_empty[k_place.index]);
-        if (kAlwaysMaxima) before_wait(row_sum[0] + row_sum[1]);
+        if (kAlwaysMaxima) {
+          before_wait(row_sum[0] + row_sum[1]);  // else the vote on the sums does that
+        } else {
+          warp_arrive(&shared.k_empty[k_place.index]);
+        }
         wgmma_wait<0>();
         after_wait(out);
         warp_arrive(&shared.v_empty[v_place.index]);
@@ -1131,7 +1137,7 @@ cudaError_t prefill(const AttentionParams& p, cudaStream_t stream) {
   d.attention = p;
   d.keys = static_cast<int>(most_keys(p, 64 / p.group + 1));
   d.own_tiles = p.keys_a_pair > 0 ? 0 : p.multiprocessors;
-  // Else the bits of a row depend on others that its warp has.
+  // When they are looked for depends on the other rows of a warp.
   d.always_maxima = p.batch_invariant;
   // Without a causal mask tiles are alike, and blocks drift apart: heads whose keys and values stay
   // in the L2 cache go together, as many each time.
