@@ -42,6 +42,10 @@ constexpr double kLog2e = 1.4426950408889634;
 // by more than this many powers of two: exponentials stay below 2^8, which fp16 holds. Idea:
 // FlashAttention-4. (Hopper's looks for them in some tiles only: see kMostWeight there.)
 constexpr float kRescaleSlack = 8.0f;
+// In powers of two, and not 0, by which -inf would become NaN.
+float factor_of_scores(double scale) {
+  return std::max(static_cast<float>(scale * kLog2e), std::numeric_limits<float>::min());
+}
 // AttentionParams::keys_a_pair of 16 bits: memory's bandwidth over a multiprocessor's rate of
 // products, on an H100.
 constexpr float kKeysAPair = 0.65f;
@@ -351,7 +355,7 @@ void varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
   p.total_q = static_cast<int>(total_q);
   p.max_seqlen_q = static_cast<int>(std::clamp<int64_t>(max_seqlen_q, 1, total_q));
   p.scale = static_cast<float>(scale);
-  p.scale_log2e = usable_scale(static_cast<float>(scale * kLog2e));
+  p.scale_log2e = factor_of_scores(scale);
   p.softcap = static_cast<float>(softcap);
   // Large enough for any position, small enough that no sum overflows.
   const int64_t unlimited = int64_t{1} << 30;
@@ -408,7 +412,7 @@ void attention(const Tensor& q, const Tensor& k, const Tensor& v, const Optional
   p.total_q = static_cast<int>(requests * rows);
   p.max_seqlen_q = p.max_seqlen_k = static_cast<int>(rows);
   p.scale = static_cast<float>(scale);
-  p.scale_log2e = usable_scale(static_cast<float>(scale * kLog2e));
+  p.scale_log2e = factor_of_scores(scale);
   p.window_left = p.window_right = -1;
   run_attention(p, q, false, workspace, hopper, rows);
 }

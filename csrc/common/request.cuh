@@ -257,7 +257,7 @@ __device__ inline float fit_queries(uint32_t (&pairs)[kCount]) {
 
 // A factor of scores: not 0, by which -inf would become NaN. Where it is that small, all weights
 // are 1 anyway.
-__host__ __device__ inline float usable_scale(float scale) { return fmaxf(scale, 1.17549435e-38f); }
+__device__ inline float usable_scale(float scale) { return fmaxf(scale, 1.17549435e-38f); }
 
 struct RowState {
   float factor, lse;  // of the row's output, and its natural log-sum-exp
