@@ -62,8 +62,8 @@ class Config:
     ``"auto"`` is portable, and ``"hopper"`` is refused when kernels are loaded. Where there are no
     registers for them tiles are smaller: 256 rows at a head_dim of 64 alone, and 192 at 128 alone,
     both of 64 keys, neither with fp8, nor at 64 with softcap; 80 keys at 256. ``num_stages`` is
-    what fits, two at 256, and at 128 with 128 rows. The portable kernels' tiles are what they are above a
-    head_dim of 128, and ``block_m`` with fp8, softcap, bias or spans.
+    what fits, two at 256, and at 128 with 128 rows. The portable kernels' tiles are what they are
+    above a head_dim of 128, and ``block_m`` with fp8, softcap, bias or spans.
 
     Raises:
         ValueError: a field has a value that no kernel can have.
