@@ -13,8 +13,9 @@ ON_KERNELS := tests/test_kernels.py tests/test_ops_properties.py tests/test_xfor
 demo: $(READY)
 	$(BIN)/sparsek demo $(if $(ASK),--ask "$(ASK)") --port 0
 
-# The sources of the kernels on the host go beside the rest, which seldom keeps two cores busy.
-EMULATED := SPARSEK_TEST_DEVICE=emulated $(BIN)/python -m pytest $(ON_KERNELS) -m on_kernels
+# The sources of the kernels on the host go beside the rest, which seldom keeps two cores busy, and
+# behind it when it does.
+EMULATED := nice env SPARSEK_TEST_DEVICE=emulated $(BIN)/python -m pytest $(ON_KERNELS) -m on_kernels
 test: lint
 	@{ $(EMULATED) && BSK_KERNELS=portable $(EMULATED); } >$(VENV)/emulated.log 2>&1 & beside=$$!; \
 	$(BIN)/python -m pytest tests --ignore tests/gpu --ignore tests/test_kernels.py; status=$$?; \
