@@ -50,14 +50,12 @@ constexpr float kUnseen = -FLT_MAX;  // the maximum of a row that has seen no ke
 #define SPARSEK_HOPPER_STAGES 0
 #endif
 
-// How many warpgroups a block can have that compute. Those that widen fp8 take a third one's
-// registers, and so do sums of longer rows.
+// How many warpgroups a block can have that compute; it has one, two, or the most. Those that widen
+// fp8 take a third one's registers, and so do sums of longer rows.
 constexpr int most_groups(int head_dim, bool fp8, bool softcap) {
   if (head_dim > 128 || fp8) return 2;
   return head_dim == 128 ? 3 : softcap ? 2 : 4;
 }
-// It has one, two, or the most.
-constexpr bool has_groups(int head_dim, int groups) { return head_dim != 64 || groups != 3; }
 // Keys of a tile, a multiple of 16: as many as there are registers for.
 constexpr int block_n(int head_dim, int groups) {
   return groups > 2 ? 64 : head_dim > 128 ? 80 : 128;
@@ -154,7 +152,7 @@ struct PrefillParams {
   // A score x with softcap is cap * tanh(scale * x / cap): here times log2(e), and as factor of x
   // in a power of two.
   float softcap_log2e, softcap_rate;
-  int always_maxima;  // maxima are looked for in every key tile
+  int always_maxima;  // are looked for, in every key tile (an int, which the loop tests as it is)
 };
 
 // Place in a ring.
@@ -1106,7 +1104,7 @@ int choose_groups(PrefillParams d, int head_dim, int most) {
   int best = 1;
   float least = 0;
   for (int groups = 1; groups <= most; ++groups) {
-    if (!has_groups(head_dim, groups) || (asked && groups > asked)) continue;
+    if ((groups > 2 && groups < most) || (asked && groups > asked)) continue;
     const int64_t tiles = (rows + 64 * groups - 1) / (64 * groups) * requests * p.kv_heads;
     const int few = static_cast<int>(std::min<int64_t>(tiles, 1 << 24));
     d.most_parts = most_parts(p, groups, head_dim);
