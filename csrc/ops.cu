@@ -202,13 +202,22 @@ struct LaunchAttention {
     if constexpr (sm90::has_head_dim(kHeadDim)) {
       // In this order prefill takes the multiprocessors that decode leaves.
       if (hopper && with_decode) check(sm90::decode<T, KV, kHeadDim>(p, stream));
-      if constexpr (sm90::has_prefill(kHeadDim, sizeof(KV) == 1))
-        if (hopper_prefill && with_prefill) check(sm90::prefill<T, KV, kHeadDim>(p, stream));
+      if (hopper_prefill && with_prefill)
+        p.softcap > 0 ? prefill<T, KV, kHeadDim, true>() : prefill<T, KV, kHeadDim, false>();
     }
 #endif
     if (with_prefill && !hopper_prefill) check(portable::prefill<T, KV, kHeadDim>(p, stream));
     if (with_decode && !hopper) check(portable::decode<T, KV, kHeadDim>(p, stream));
   }
+
+#ifdef SPARSEK_SM90
+  // `hopper_prefill` is true only where there is one.
+  template <typename T, typename KV, int kHeadDim, bool kSoftcap>
+  void prefill() const {
+    if constexpr (sm90::has_prefill(kHeadDim, sizeof(KV) == 1, kSoftcap))
+      check(sm90::prefill<T, KV, kHeadDim, kSoftcap>(p, stream));
+  }
+#endif
 };
 
 // Which requests are decode's. It splits long keys, which the portable prefill does not; on Hopper

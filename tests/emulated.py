@@ -52,7 +52,8 @@ def _compile(folder: Path) -> Path:
     for path in HERE.iterdir():
         shutil.copy(path, sources / "common" / path.name)
     include = next(tools.nvcc.resolve().parent.parent.glob("**/include/cuda_fp16.h")).parent
-    flags = ["-std=c++20", "-O2", "-fPIC", "-w", "-x", "c++", "-include", "common/ptx.cuh"]
+    flags = ["-std=c++20", "-O2", "-march=native", "-fPIC", "-w"]
+    flags += ["-x", "c++", "-include", "common/ptx.cuh"]
     flags += [f"-I{sources}", f"-I{include}", f"-I{tools.torch}/include", "-DUSE_CUDA"]
     flags += [f"-DTORCH_TARGET_VERSION={build.TORCH_TARGET}", f"-DSPARSEK_NAMESPACE={NAMESPACE}"]
     flags += [f"-DEMULATED_MULTIPROCESSORS={MULTIPROCESSORS}"]
@@ -85,6 +86,8 @@ def _library() -> Path:
             digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     for path in (Path(__file__), Path(build.__file__)):
         digest.update(path.read_bytes())
+    processor = re.search(r"^(flags|Features)\b.*", Path("/proc/cpuinfo").read_text(), re.M)
+    digest.update(processor[0].encode() if processor else b"")  # -march=native
     library = cache_root() / "emulated" / f"{digest.hexdigest()[:16]}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)

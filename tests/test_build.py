@@ -147,29 +147,37 @@ def test_exponentials_run_under_the_product(library: Path) -> None:
     assert checked == HOPPER_PREFILL
 
 
+def compile_command(name: str, variant: build.Variant, output: Path) -> list[str]:
+    """How a part of the library is compiled."""
+    tools = build.find_tools()
+    part = next(part for part in build.objects(variant, ["90"]) if part.name == name)
+    command = [
+        tools.nvcc, "-std=c++17", "-O3", *variant.flags(), "-ccbin", tools.compiler,
+        *(f"-gencode={code}" for code in part.gencode), *part.defines,
+        "-c", build.sources() / part.source, "-o", output,
+    ]  # fmt: skip
+    return [str(word) for word in command]
+
+
 @pytest.mark.parametrize(
-    ("head_dim", "kv", "variant"),
+    ("part", "variant"),
     [
-        (64, "__nv_bfloat16", build.DEFAULT),
-        (64, "__nv_bfloat16", build.Variant(hopper_stages=3)),
-        (64, "E4M3", build.DEFAULT),
-        (128, "__nv_bfloat16", build.DEFAULT),
-        (128, "E4M3", build.DEFAULT),
-        (256, "__nv_bfloat16", build.DEFAULT),
+        ("64", build.DEFAULT),
+        ("64", build.Variant(hopper_stages=3)),
+        ("64_softcap", build.DEFAULT),
+        ("E4M3_64", build.DEFAULT),
+        ("128", build.DEFAULT),
+        ("128_softcap", build.DEFAULT),
+        ("E4M3_128", build.DEFAULT),
+        ("256", build.DEFAULT),
+        ("256_softcap", build.DEFAULT),
     ],
     ids=str,
 )
-def test_products_are_asynchronous(
-    head_dim: int, kv: str, variant: build.Variant, tmp_path: Path
-) -> None:
+def test_products_are_asynchronous(part: str, variant: build.Variant, tmp_path: Path) -> None:
     """ptxas says so when it has to make wgmma wait, and goes on."""
-    tools = build.find_tools()
-    command = [
-        tools.nvcc, "-std=c++17", "-O3", *variant.flags(), "-ccbin", tools.compiler,
-        "-Xptxas", "-v", "-gencode", "arch=compute_90a,code=sm_90a",
-        "-DSPARSEK_DTYPE=__nv_bfloat16", f"-DSPARSEK_KV={kv}", f"-DSPARSEK_HEAD_DIM={head_dim}",
-        "-c", build.sources() / "sm90/prefill.cu", "-o", tmp_path / "o",
-    ]  # fmt: skip
+    command = compile_command(f"sm90_prefill_nv_bfloat16_{part}", variant, tmp_path / "o")
+    command += ["-Xptxas", "-v"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "registers" in done.stderr and "erialized" not in done.stderr, done.stderr
     assert set(re.findall(r"(\d+) bytes spill", done.stderr)) == {"0"}
@@ -198,23 +206,17 @@ def test_the_library_loads_without_cuda(library: Path) -> None:
 
 def test_variants_compile_within_their_budget(tmp_path: Path) -> None:
     """10 s and 1 GB for each."""
-    tools = build.find_tools()
-    root = build.sources()
-    for kernel, arch, kv, head_dim in (
-        ("portable/prefill", "90", "__half", 128),
-        ("portable/decode", "90", "__half", 256),
-        ("sm90/prefill", "90a", "__half", 128),
-        ("sm90/prefill", "90a", "E4M3", 128),
-        ("sm90/prefill", "90a", "__half", 256),
-        ("sm90/decode", "90a", "__half", 128),
-        ("sm90/decode", "90a", "E4M3", 128),
+    for name in (
+        "portable_prefill_half_128",
+        "portable_decode_half_256",
+        "sm90_prefill_half_128",
+        "sm90_prefill_half_128_softcap",
+        "sm90_prefill_half_E4M3_128",
+        "sm90_prefill_half_256",
+        "sm90_decode_half_128",
+        "sm90_decode_half_E4M3_128",
     ):
-        command = [
-            tools.nvcc, "-std=c++17", "-O3", "--use_fast_math", "-ccbin", tools.compiler,
-            "-gencode", f"arch=compute_{arch},code=sm_{arch}", "-DSPARSEK_DTYPE=__half",
-            f"-DSPARSEK_KV={kv}", f"-DSPARSEK_HEAD_DIM={head_dim}",
-            "-c", root / f"{kernel}.cu", "-o", tmp_path / "o",
-        ]  # fmt: skip
+        command = compile_command(name, build.DEFAULT, tmp_path / "o")
         code = (
             "import resource, subprocess, sys\n"
             "subprocess.run(sys.argv[1:], check=True)\n"
@@ -222,10 +224,10 @@ def test_variants_compile_within_their_budget(tmp_path: Path) -> None:
             "print(used.ru_utime + used.ru_stime, used.ru_maxrss)"
         )
         done = subprocess.run(
-            [sys.executable, "-c", code, *map(str, command)], capture_output=True, text=True
+            [sys.executable, "-c", code, *command], capture_output=True, text=True
         )
         seconds, kilobytes = map(float, done.stdout.split())
-        print(f"{kernel} {kv} {head_dim}: {seconds:.1f} CPU seconds, {kilobytes / 1e6:.2f} GB")
+        print(f"{name}: {seconds:.1f} CPU seconds, {kilobytes / 1e6:.2f} GB")
         assert seconds < 10 and kilobytes < 1e6
 
 

@@ -1114,22 +1114,9 @@ int choose_groups(PrefillParams d, int head_dim, int most) {
   return best;
 }
 
-template <typename T, typename KV, int kHeadDim, bool kSoftcap>
-cudaError_t launch_best(PrefillParams& d, cudaStream_t stream) {
-  constexpr int kMostGroups = most_groups(kHeadDim, sizeof(KV) == 1, kSoftcap);
-  switch (choose_groups(d, kHeadDim, kMostGroups)) {
-    case 1:
-      return launch<T, KV, kHeadDim, kSoftcap, 1>(d, stream);
-    case 2:
-      return launch<T, KV, kHeadDim, kSoftcap, 2>(d, stream);
-    default:
-      return launch<T, KV, kHeadDim, kSoftcap, kMostGroups>(d, stream);
-  }
-}
-
 }  // namespace
 
-template <typename T, typename KV, int kHeadDim>
+template <typename T, typename KV, int kHeadDim, bool kSoftcap>
 cudaError_t prefill(const AttentionParams& p, cudaStream_t stream) {
   PrefillParams d{};
   d.attention = p;
@@ -1144,17 +1131,22 @@ cudaError_t prefill(const AttentionParams& p, cudaStream_t stream) {
   while (p.window_right < 0 && d.section_heads > 1 &&
          (p.kv_heads % d.section_heads || d.section_heads * head_bytes > kSectionBytes))
     --d.section_heads;
-  if constexpr (has_prefill(kHeadDim, sizeof(KV) == 1, true)) {
-    if (p.softcap > 0) {
-      d.softcap_log2e = p.softcap * kLog2e;
-      d.softcap_rate = 2 * kLog2e * p.scale / p.softcap;
-      return launch_best<T, KV, kHeadDim, true>(d, stream);
-    }
+  if (kSoftcap) {
+    d.softcap_log2e = p.softcap * kLog2e;
+    d.softcap_rate = 2 * kLog2e * p.scale / p.softcap;
   }
-  return launch_best<T, KV, kHeadDim, false>(d, stream);
+  constexpr int kMostGroups = most_groups(kHeadDim, sizeof(KV) == 1, kSoftcap);
+  switch (choose_groups(d, kHeadDim, kMostGroups)) {
+    case 1:
+      return launch<T, KV, kHeadDim, kSoftcap, 1>(d, stream);
+    case 2:
+      return launch<T, KV, kHeadDim, kSoftcap, 2>(d, stream);
+    default:
+      return launch<T, KV, kHeadDim, kSoftcap, kMostGroups>(d, stream);
+  }
 }
 
-template cudaError_t prefill<SPARSEK_DTYPE, SPARSEK_KV, SPARSEK_HEAD_DIM>(const AttentionParams&,
-                                                                          cudaStream_t);
+template cudaError_t prefill<SPARSEK_DTYPE, SPARSEK_KV, SPARSEK_HEAD_DIM, SPARSEK_SOFTCAP>(
+    const AttentionParams&, cudaStream_t);
 
 }  // namespace sparsek::sm90

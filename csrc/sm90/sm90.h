@@ -1,5 +1,5 @@
 // Kernels for Hopper (compiled as sm_90a), for one dtype of queries and output, one of keys and
-// values and one head_dim at a time.
+// values and one head_dim at a time; prefill with softcap apart.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -34,8 +34,8 @@ inline bool has_tensor_map(const KVTensor& tensor, int kv_heads) {
 }
 
 // Requests that are not Request::is_decode(), where both k and v have a tensor map; without bias
-// and spans. Only where has_prefill().
-template <typename T, typename KV, int kHeadDim>
+// and spans, with softcap or without. Only where has_prefill().
+template <typename T, typename KV, int kHeadDim, bool kSoftcap>
 cudaError_t prefill(const AttentionParams& params, cudaStream_t stream);
 
 // Requests that are, where both k and v have a tensor map.

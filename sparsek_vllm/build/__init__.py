@@ -302,16 +302,20 @@ def objects(
         kernels += [(f"sm90/{kernel}", _NATIVE_GENCODE["90"]) for kernel in ("prefill", "decode")]
     for kernel, code in kernels:
         sizes = HOPPER_HEAD_DIMS if kernel.startswith("sm90") else head_dims
-        for dtype, kv, head_dim in product(DTYPES, (None, "E4M3"), sizes):
-            if kernel == "sm90/prefill" and kv and head_dim > 128:
-                continue  # not enough registers: see csrc/sm90/sm90.h
+        softcaps = (False, True) if kernel == "sm90/prefill" else (False,)
+        for dtype, kv, head_dim, softcap in product(DTYPES, (None, "E4M3"), sizes, softcaps):
+            if kernel == "sm90/prefill" and kv and (softcap or head_dim > 128):
+                continue  # see has_prefill() in csrc/sm90/sm90.h
             defines = [
                 f"-DSPARSEK_DTYPE={dtype}",
                 f"-DSPARSEK_KV={kv or dtype}",
                 f"-DSPARSEK_HEAD_DIM={head_dim}",
+                f"-DSPARSEK_SOFTCAP={str(softcap).lower()}",
             ]
-            parts = [kernel.replace("/", "_"), dtype.strip("_"), *([kv] if kv else []), head_dim]
-            yield Object("_".join(map(str, parts)), f"{kernel}.cu", defines, code)
+            parts = [kernel.replace("/", "_"), dtype.strip("_"), kv, head_dim]
+            parts += ["softcap"] if softcap else []
+            name = "_".join(str(part) for part in parts if part)
+            yield Object(name, f"{kernel}.cu", defines, code)
     yield Object("cache", "portable/cache.cu", [], gencode)
     yield Object("merge", "portable/merge.cu", [], gencode)
     yield Object("ops", "ops.cu", ["-DSPARSEK_SM90"] if hopper else [], gencode)

@@ -227,21 +227,23 @@ inline void run_wave(std::vector<Thread>& threads, std::vector<Warp>& warps) {
     thread.copies.assign(1, {});
     thread.products.assign(1, {});
   }
-  std::vector<int> ready;
+  std::vector<int> ready, alive(count);
+  std::iota(alive.begin(), alive.end(), 0);
   while (wave.alive > 0) {
     ready.clear();
-    for (int i = 0; i < count; ++i) {
+    std::erase_if(alive, [&](int i) { return threads[i].done; });
+    for (const int i : alive) {
       const Thread& t = threads[i];
       const bool blocked = t.waits_for && t.waits_for->round == t.waits_round;
-      if (!t.done && !t.paused && !blocked) ready.push_back(i);
+      if (!t.paused && !blocked) ready.push_back(i);
     }
     if (!wave.copies.empty() && (ready.empty() || random_numbers() % 64 == 0)) {
       make_a_copy();
       continue;
     }
     if (ready.empty()) {
-      for (int i = 0; i < count; ++i)
-        if (!threads[i].done && threads[i].paused) ready.push_back(i);
+      for (const int i : alive)
+        if (threads[i].paused) ready.push_back(i);
       if (ready.empty()) fail("deadlock: all threads wait");
       ready = {ready[random_numbers() % ready.size()]};
     }

@@ -66,12 +66,41 @@ inline uint16_t element(const emulator::Words* rows, int matrix, int row, int co
   std::memcpy(&value, emulator::at_shared(rows[8 * matrix + row].word[0] + 2 * column, 2), 2);
   return value;
 }
+
+// Sixteen at a time, as tensor cores take them.
+using Bits = uint32_t __attribute__((vector_size(64)));
+using Floats = float __attribute__((vector_size(64)));
+
+// From eight words of two elements each.
 template <typename T>
-inline float unpack(uint32_t pair, int half) {
-  const uint16_t bits = static_cast<uint16_t>(pair >> (16 * half));
-  T value;
-  std::memcpy(&value, &bits, 2);
-  return static_cast<float>(value);
+inline Floats widen(const uint32_t* words) {
+  uint16_t __attribute__((vector_size(32))) elements;
+  std::memcpy(&elements, words, sizeof(elements));
+  const Bits bits = __builtin_convertvector(elements, Bits);
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return reinterpret_cast<Floats>(bits << 16);
+  } else {
+    // The exponent's bias is less by 112; infinities and NaN have a wider exponent.
+    const Bits size = (bits & 0x7fff) << 13;
+    const Floats scaled = reinterpret_cast<Floats>(size) * 0x1p112f;
+    const Bits special = size >= 0x1f << 23 ? Bits{} + 0x7f800000u : Bits{};
+    return reinterpret_cast<Floats>(reinterpret_cast<Bits>(scaled) | special |
+                                    (bits & 0x8000) << 16);
+  }
+}
+inline float sum(const Floats& x) {
+  float __attribute__((vector_size(16))) parts[4];
+  std::memcpy(parts, &x, sizeof(x));
+  const auto four = (parts[0] + parts[1]) + (parts[2] + parts[3]);
+  return (four[0] + four[1]) + (four[2] + four[3]);
+}
+// One of the two rows of a 16 x 16 operand that a lane's products need, from all lanes' words.
+template <typename T>
+inline Floats row_of_a(const emulator::Words* all, int half) {
+  uint32_t words[8];
+  for (int i = 0; i < 8; ++i)
+    words[i] = all[emulator::current->lane / 4 * 4 + i % 4].word[half + i / 4 * 2];
+  return widen<T>(words);
 }
 
 }  // namespace emulated
@@ -102,17 +131,15 @@ inline void load_matrices_transposed(uint32_t (&r)[4], uint32_t address) {
 template <typename T>
 inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   const auto* all = emulator::exchange(emulator::Words{{a[0], a[1], a[2], a[3], b0, b1}});
-  const int group = emulator::current->lane / 4, pair = emulator::current->lane % 4;
-  for (int i = 0; i < 4; ++i) {
-    const int column = 2 * pair + i % 2;
-    double sum = d[i];
-    for (int k = 0; k < 16; ++k) {
-      const int register_of_a = i / 2 + 2 * (k / 8), lane_of_k = k % 8 / 2;
-      sum += double{emulated::unpack<T>(all[4 * group + lane_of_k].word[register_of_a], k % 2)} *
-             emulated::unpack<T>(all[4 * column + lane_of_k].word[4 + k / 8], k % 2);
-    }
-    d[i] = static_cast<float>(sum);
+  const int pair = emulator::current->lane % 4;
+  emulated::Floats rows[2], columns[2];
+  for (int j = 0; j < 2; ++j) {
+    rows[j] = emulated::row_of_a<T>(all, j);
+    uint32_t words[8];
+    for (int i = 0; i < 8; ++i) words[i] = all[4 * (2 * pair + j) + i % 4].word[4 + i / 4];
+    columns[j] = emulated::widen<T>(words);
   }
+  for (int i = 0; i < 4; ++i) d[i] += emulated::sum(rows[i / 2] * columns[i % 2]);
 }
 
 inline void widen_fp8(uint32_t four, uint32_t& low, uint32_t& high) {

@@ -28,21 +28,22 @@ struct Operand {
         stride((descriptor >> 32 & 0x3fff) << 4) {
     if (descriptor >> 62 != 1 || (descriptor >> 49 & 7)) emulator::fail("unknown layout of wgmma");
   }
-  float at(uint32_t address) const {
+  uint16_t at(uint32_t address) const {
     address ^= address >> 3 & 0x70;
-    T value;
-    std::memcpy(&value, emulator::at_shared(address, 2), 2);
-    return static_cast<float>(value);
+    uint16_t bits;
+    std::memcpy(&bits, emulator::at_shared(address, 2), 2);
+    return bits;
   }
   // Rows along the inner dimension.
-  float row(int r, int k) const { return at(start + r / 8 * stride + r % 8 * 128 + 2 * k); }
+  uint16_t row(int r, int k) const { return at(start + r / 8 * stride + r % 8 * 128 + 2 * k); }
   // Transposed: rows along the outer dimension.
-  float column(int n, int k) const {
+  uint16_t column(int n, int k) const {
     return at(start + n / 64 * leading + k / 8 * stride + k % 8 * 128 + n % 64 * 2);
   }
 };
 
-// A second operand as rows of 16, read once for all threads.
+// A second operand, read once for all threads: the 16 elements of each row that a lane has, which
+// are those of each eight that begin at twice the lane's place in its four.
 template <typename T>
 inline const float* decoded(uint64_t descriptor, int rows, bool transposed) {
   static std::map<std::tuple<const void*, uint64_t>, std::vector<float>> known;
@@ -51,23 +52,31 @@ inline const float* decoded(uint64_t descriptor, int rows, bool transposed) {
   version = emulator::shared_version;
   auto& values = known[{emulator::current->block, descriptor}];
   if (values.empty()) {
+    values.resize(16 * rows);
     const Operand<T> operand(descriptor);
-    for (int n = 0; n < rows; ++n)
+    for (int n = 0; n < rows; ++n) {
+      uint16_t elements[16];
       for (int k = 0; k < 16; ++k)
-        values.push_back(transposed ? operand.column(n, k) : operand.row(n, k));
+        elements[k] = transposed ? operand.column(n, k) : operand.row(n, k);
+      uint32_t words[8];
+      std::memcpy(words, elements, sizeof(words));
+      const Floats row = widen<T>(words);
+      const int own = n / 8 * 2 + n % 2;
+      for (int k = 0; k < 16; ++k) values[(n % 8 / 2 * 16 + k) * (rows / 4) + own] = row[k];
+    }
   }
-  return values.data();
+  return values.data() + emulator::current->lane % 4 * 4 * rows;
 }
 
 // This thread's elements of d, from its two rows of the first operand.
 template <int kCount>
-inline void multiply(float* d, const float (&a)[2][16], const float* b) {
-  const int lane = emulator::current->lane;
-  for (int i = 0; i < kCount; ++i) {
-    const float* column = b + 16 * (i / 4 * 8 + 2 * (lane % 4) + i % 2);
-    float sum = 0;
-    for (int k = 0; k < 16; ++k) sum += a[i / 2 % 2][k] * column[k];
-    d[i] += sum;
+inline void multiply(float* d, const Floats (&a)[2], const float* b) {
+  constexpr int kColumns = kCount / 2;
+  for (int h = 0; h < 2; ++h) {
+    float sums[kColumns] = {};
+    for (int k = 0; k < 16; ++k)
+      for (int i = 0; i < kColumns; ++i) sums[i] += a[h][k] * b[k * kColumns + i];
+    for (int i = 0; i < kColumns; ++i) d[i / 2 * 4 + 2 * h + i % 2] += sums[i];
   }
 }
 
@@ -98,27 +107,24 @@ inline void wgmma_scores(float (&d)[kCount], uint64_t a, uint64_t b, int accumul
     const emulated::Operand<T> first(a);
     const int lane = emulator::current->lane;
     const int row = static_cast<int>(emulator::current->thread_idx.x) % 128 / 32 * 16 + lane / 4;
-    float rows[2][16];
-    for (int h = 0; h < 2; ++h)
-      for (int k = 0; k < 16; ++k) rows[h][k] = first.row(row + 8 * h, k);
+    emulated::Floats rows[2];
+    for (int h = 0; h < 2; ++h) {
+      uint16_t elements[16];
+      for (int k = 0; k < 16; ++k) elements[k] = first.row(row + 8 * h, k);
+      uint32_t words[8];
+      std::memcpy(words, elements, sizeof(words));
+      rows[h] = emulated::widen<T>(words);
+    }
     emulated::multiply<kCount>(d, rows, emulated::decoded<T>(b, 2 * kCount, false));
   });
 }
 template <typename T, int kCount>
 inline void wgmma_values(float (&d)[kCount], const uint32_t (&a)[4], uint64_t b) {
   const auto* all = emulator::exchange(emulator::Words{{a[0], a[1], a[2], a[3]}});
-  const int lane = emulator::current->lane;
-  std::array<float, 32> rows;  // two of 16
-  for (int h = 0; h < 2; ++h) {
-    for (int k = 0; k < 16; ++k) {
-      const uint32_t pair = all[lane / 4 * 4 + k % 8 / 2].word[h + k / 8 * 2];
-      rows[16 * h + k] = emulated::unpack<T>(pair, k % 2);
-    }
-  }
+  const std::array<emulated::Floats, 2> rows = {emulated::row_of_a<T>(all, 0),
+                                                emulated::row_of_a<T>(all, 1)};
   emulator::current->products.back().push_back([&d, rows, b] {
-    float a[2][16];
-    std::copy(rows.begin(), rows.end(), &a[0][0]);
-    emulated::multiply<kCount>(d, a, emulated::decoded<T>(b, 2 * kCount, true));
+    emulated::multiply<kCount>(d, {rows[0], rows[1]}, emulated::decoded<T>(b, 2 * kCount, true));
   });
 }
 
