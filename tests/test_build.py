@@ -150,7 +150,7 @@ def test_exponentials_run_under_the_product(library: Path) -> None:
 def compile_command(name: str, variant: build.Variant, output: Path) -> list[str]:
     """How a part of the library is compiled."""
     tools = build.find_tools()
-    part = next(part for part in build.objects(variant, ["90"]) if part.name == name)
+    part = next(part for part in build.objects(["90"]) if part.name == name)
     command = [
         tools.nvcc, "-std=c++17", "-O3", *variant.flags(), "-ccbin", tools.compiler,
         *(f"-gencode={code}" for code in part.gencode), *part.defines,
@@ -186,7 +186,7 @@ def test_products_are_asynchronous(part: str, variant: build.Variant, tmp_path: 
 def test_hopper_kernels_are_for_hopper_alone(library: Path) -> None:
     elf = set(re.findall(r"sm_(\d+\w?)\.cubin", dump(library, "-lelf")))
     assert elf == {"90", "90a"}
-    assert not [o for o in build.objects(build.DEFAULT, ["100"]) if "sm90" in o.source]
+    assert not [o for o in build.objects(["100"]) if "sm90" in o.source]
 
 
 def test_architectures_of_the_wheel(wheel_library: Path) -> None:

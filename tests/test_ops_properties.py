@@ -493,6 +493,27 @@ def test_empty_batch(paged, device):
     assert (out == 7.0).all() and lse.shape == (2, 2)
 
 
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("rows", [3, 70])
+def test_a_key_that_is_no_number(rows, sinks, device):
+    """Rows that see it have an LSE that is none either, so that merging does not hide it."""
+    random = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(n, 2, 64, generator=random).to(device, WIDEST) for n in (2 * rows, 180))
+    k[80] = torch.nan
+    bounds = torch.tensor([0, rows, 2 * rows], dtype=torch.int32, device=device)
+    kv = DenseKV.from_cu_seqlens(k, torch.ones_like(k), bounds.new_tensor([0, 90, 180]))
+    sink = torch.zeros(2, device=device) if sinks else None
+    with on_path("varlen_attention", device, 64):
+        out, lse = varlen_attention(q, kv, bounds, causal=False, sinks=sink, return_lse=True)
+    seen = (torch.arange(2 * rows, device=device) < rows).expand_as(lse)
+    assert torch.equal(lse.isnan(), seen) and torch.equal(out.isnan().all(-1).mT, seen)
+    other = torch.zeros_like(out), torch.zeros_like(lse)
+    with on_path("merge_states", device):
+        merged, merged_lse = merge_states(*other, out, lse)
+    assert torch.equal(merged_lse.isnan(), seen)
+    assert torch.equal(merged.isnan().all(-1).mT, seen)
+
+
 def test_from_cu_seqlens(device):
     bounds = torch.tensor([0, 3, 3, 7], dtype=torch.int32, device=device)
     k = torch.randn(7, 1, 64, device=device)

@@ -155,6 +155,18 @@ def test_graphs_of_models_whose_images_attend_to_themselves(prefix_lm: VllmConfi
         builder, _ = layer(HEADS, HEADS, config)
         spec = builder.kv_cache_spec
         assert type(builder).get_cudagraph_support(config, spec) is support
+        assert type(builder).get_varlen_cudagraph_max_query_len(config, spec) is None
+
+
+def test_graphs_of_the_second_model_runner(
+    prefix_lm: VllmConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It replays none of several tokens for a prompt."""
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    builder, _ = layer(HEADS, HEADS, prefix_lm)
+    asked = prefix_lm, builder.kv_cache_spec
+    assert type(builder).get_cudagraph_support(*asked) is AttentionCGSupport.UNIFORM_BATCH
+    assert type(builder).get_varlen_cudagraph_max_query_len(*asked) == 1
 
 
 def test_query_lengths_that_only_the_device_knows() -> None:

@@ -1,4 +1,5 @@
-// Thin wrappers of the PTX that only Hopper's own kernels use.
+// Thin wrappers of PTX for copies by the tensor memory accelerator, mbarriers, and kernels that
+// overlap.
 #pragma once
 #include <cuda.h>
 

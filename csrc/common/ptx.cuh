@@ -1,4 +1,4 @@
-// Thin wrappers of the PTX that the portable kernels use: everything here runs on sm_89 and newer.
+// Thin wrappers of PTX that everything from sm_90 on has.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -31,12 +31,6 @@ __device__ inline void copy_async_wait() {
 template <int kThreads>
 __device__ inline void barrier_sync(int barrier) {
   asm volatile("bar.sync %0, %1;\n" ::"r"(barrier), "n"(kThreads) : "memory");
-}
-
-// Counts as arrived there, and goes on.
-template <int kThreads>
-__device__ inline void barrier_arrive(int barrier) {
-  asm volatile("bar.arrive %0, %1;\n" ::"r"(barrier), "n"(kThreads) : "memory");
 }
 
 // What the threads that met this one before have written is seen by the threads that meet one that

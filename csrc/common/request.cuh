@@ -263,19 +263,20 @@ struct RowState {
   float factor, lse;  // of the row's output, and its natural log-sum-exp
 };
 
-// From a row's maximum in natural units and the sum of its exponentials, the sink included. In
-// powers of two the maximum could overflow: masks made by adding the lowest float are common.
+// From a row's maximum in natural units and the sum of its exponentials, the sink included. Where
+// that is NaN so is the LSE, or merging would take the row for one without keys. In powers of two
+// the maximum could overflow: masks made by adding the lowest float are common.
 __device__ inline RowState finish_row(const AttentionParams& p, float peak, float sum, int head) {
   const auto v_scale = [&] { return scale_of(p.v_scale, p.v_scale_stride, p.group_divisor(head)); };
   if (p.sinks) {
     const float sink = load_float(p.sinks, p.sinks_type, head * p.sinks_stride);
-    const float top = sum > 0 ? fmaxf(peak, sink) : sink;
-    const float rescale = sum > 0 ? exp2f((peak - top) * kLog2e) : 0.0f;
+    const float top = sum == 0 ? sink : fmaxf(peak, sink);
+    const float rescale = sum == 0 ? 0.0f : exp2f((peak - top) * kLog2e);
     const float total = sum * rescale + (sink == -INFINITY ? 0.0f : exp2f((sink - top) * kLog2e));
-    if (!(total > 0)) return {0.0f, -INFINITY};
+    if (total == 0) return {0.0f, -INFINITY};
     return {v_scale() * rescale / total, top + kLn2 * log2f(total)};
   }
-  if (!(sum > 0)) return {0.0f, -INFINITY};
+  if (sum == 0) return {0.0f, -INFINITY};
   return {v_scale() / sum, peak + kLn2 * log2f(sum)};
 }
 

@@ -218,8 +218,9 @@ struct Finish {
     to.z += factor * value.z, to.w += factor * value.w;
   }
 
-  // Four neighbours of a row of the output.
+  // Four neighbours of a row of the output, where that has them.
   __device__ void store(int row, int column, float peak, float sum, float4 value) const {
+    if (column >= p.head_dim) return;
     const int r = segment.row0 + row, query = p.group_divisor(r);
     const int head = segment.kv_head * p.group + r - query * p.group;
     const int64_t token = int64_t{first_query(p, segment.request)} + query;

@@ -95,8 +95,12 @@ __global__ void __launch_bounds__(Shape<kHeadDim>::kThreads, kDecodeBlocksPerMul
 #pragma unroll
       for (int d = 0; d < kOwnSteps; ++d) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j)
-          q[d][j] = *reinterpret_cast<const uint32_t*>(source[j % 2] + 16 * d + kSecond * (j / 2));
+        for (int j = 0; j < 4; ++j) {
+          // Of fp8 all are within 16 dimensions, of which head_dim is a multiple then.
+          const int first = part * kColumns + 16 * d + (kFp8 ? 0 : 8 * (j / 2));
+          const T* pair = source[j % 2] + 16 * d + kSecond * (j / 2);
+          q[d][j] = first < p.head_dim ? *reinterpret_cast<const uint32_t*>(pair) : 0;
+        }
       }
     }
     float score_factor = 1;
@@ -149,9 +153,10 @@ __global__ void __launch_bounds__(Shape<kHeadDim>::kThreads, kDecodeBlocksPerMul
           for (int turn = 0; turn < Row::kTurns; ++turn) {
             const int further = turn * Row::kLanes;
             const uint32_t to = k_group + tile_offset<Row::kBytes>(row, piece + further);
-            copy_async_16(to, k + row * p.k.stride_token + further * Row::kElements, valid);
+            const bool inside = valid && (piece + further) * Row::kElements < p.head_dim;
+            copy_async_16(to, k + row * p.k.stride_token + further * Row::kElements, inside);
             copy_async_16(to + kGroupBytes, v + row * p.v.stride_token + further * Row::kElements,
-                          valid);
+                          inside);
           }
         }
         const int ahead = first + kUnitKeys;

@@ -27,13 +27,14 @@ __global__ void merge_states_kernel(const __grid_constant__ MergeParams p) {
     };
     // Empty parts are left out by selection: 0 * NaN is NaN.
     float value = 0;
-    if (a > 0) value += a / sum * load(p.out_a, p.a_stride);
-    if (b > 0) value += b / sum * load(p.out_b, p.b_stride);
+    if (lse_a != -INFINITY) value += a / sum * load(p.out_a, p.a_stride);
+    if (lse_b != -INFINITY) value += b / sum * load(p.out_b, p.b_stride);
     static_cast<T*>(p.out)[token * p.out_stride[0] + head * p.out_stride[1] + i * p.out_stride[2]] =
         static_cast<T>(value);
   }
   if (lane == 0) {
-    p.lse[head * p.lse_stride[0] + token * p.lse_stride[1]] = sum > 0 ? top + logf(sum) : -INFINITY;
+    p.lse[head * p.lse_stride[0] + token * p.lse_stride[1]] =
+        sum == 0 ? -INFINITY : top + logf(sum);
   }
 }
 

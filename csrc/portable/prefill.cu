@@ -130,7 +130,8 @@ __global__ void __launch_bounds__(Shape<KV, kHeadDim, kGeneral>::kThreads,
     const T* source = static_cast<const T*>(p.q) +
                       (int64_t{request.q_begin} + query) * p.q_stride_token +
                       head * p.q_stride_head + chunk * 8;
-    copy_async_16(shared_q + tile_offset<2 * kHeadDim>(row, chunk), source, valid);
+    copy_async_16(shared_q + tile_offset<2 * kHeadDim>(row, chunk), source,
+                  valid && 8 * chunk < p.head_dim);
   }
   __shared__ float score_factors[kFp8 ? kBlockM : 1];
   if constexpr (kFp8) {
@@ -190,10 +191,11 @@ __global__ void __launch_bounds__(Shape<KV, kHeadDim, kGeneral>::kThreads,
         for (int turn = 0; turn < Row::kTurns; ++turn) {
           const int further = turn * Row::kLanes;
           const uint32_t offset = tile_offset<Row::kBytes>(first + row, piece + further);
+          const bool inside = valid && (piece + further) * Row::kElements < p.head_dim;
           copy_async_16(k_tile + offset, k + row * p.k.stride_token + further * Row::kElements,
-                        valid);
+                        inside);
           copy_async_16(v_tile + offset, v + row * p.v.stride_token + further * Row::kElements,
-                        valid);
+                        inside);
         }
       }
     }
@@ -425,6 +427,7 @@ __global__ void __launch_bounds__(Shape<KV, kHeadDim, kGeneral>::kThreads,
 #pragma unroll
       for (int n = 0; n < kColumns / 8; ++n) {
         const OutputPair<KV> pair(out[m], n, h);
+        if (part * kColumns + pair.column(lane) >= p.head_dim) continue;
         *reinterpret_cast<uint32_t*>(destination + pair.column(lane)) =
             pack<T>(pair.first * state.factor, pair.second * state.factor);
       }

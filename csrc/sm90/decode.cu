@@ -35,7 +35,8 @@ struct Shape {
   // Of 16 keys, of a warp in a unit: as many as there are registers for.
   static constexpr int kKeyTiles = kFp8 && kHeadDim * kTiles < 256 ? 2 : 1;
   static constexpr int kGroupKeys = 16 * kKeyTiles, kUnitKeys = kWarpsOfGroup * kGroupKeys;
-  static constexpr int kRowBytes = sizeof(KV) * kHeadDim;       // of a key
+  static constexpr int kRowBytes = sizeof(KV) * kHeadDim;  // of a key
+  static constexpr int kChunkOfRow = kRowBytes < kChunkBytes ? kRowBytes : kChunkBytes;
   static constexpr int kUnitBytes = 2 * kRowBytes * kUnitKeys;  // and values
   static constexpr int kStages = kRingBytes / kUnitBytes;
   // A group that is ahead would take the stage of another for its own, one round later.
@@ -65,10 +66,11 @@ struct DecodeParams {
   AttentionParams attention;
   int box_keys, box_keys_log2;  // that one copy brings
   bool joined;                  // a copy by `k` brings keys and values
+  int copies;                   // of a box's keys, and of its values: one, or one a chunk
 };
 
 // Brings every second unit of the block's share, for the producer of that number.
-template <typename S, typename Share>
+template <typename KV, typename S, typename Share>
 __device__ void produce(const DecodeParams& d, Share& share, int number, char* ring, uint64_t* full,
                         uint64_t* empty) {
   const AttentionParams& p = d.attention;
@@ -105,9 +107,14 @@ __device__ void produce(const DecodeParams& d, Share& share, int number, char* r
         if (lane < boxes) {
           const int box_bytes = S::kRowBytes << d.box_keys_log2;
           char* k = ring + stage * S::kUnitBytes + lane * 2 * box_bytes;
-          tensor_copy(k, &d.k, &full[stage], 0, token, 0, segment.kv_head, block);
-          if (!d.joined)
-            tensor_copy(k + box_bytes, &d.v, &full[stage], 0, token, 0, segment.kv_head, block);
+#pragma unroll 1
+          for (int i = 0; i < d.copies; ++i, k += S::kChunkOfRow << d.box_keys_log2) {
+            const int element = i * (S::kChunkOfRow / static_cast<int>(sizeof(KV)));
+            tensor_copy(k, &d.k, &full[stage], element, token, 0, segment.kv_head, block);
+            if (!d.joined)
+              tensor_copy(k + box_bytes, &d.v, &full[stage], element, token, 0, segment.kv_head,
+                          block);
+          }
         }
       }
       turn = turn + 1 == kProducers ? 0 : turn + 1;
@@ -171,7 +178,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   OwnShare<S> share(p, shared.scratch);
   if (share.empty()) return;
   if (warp >= kWarps)
-    return produce<S>(d, share, warp - kWarps, shared.ring, shared.full, shared.empty);
+    return produce<KV, S>(d, share, warp - kWarps, shared.ring, shared.full, shared.empty);
 
   const int warp_of_group = warp % kWarpsOfGroup, group = warp / kWarpsOfGroup;
   // Where this lane's row of a matrix lies in a warp's keys: boxes of 16 or more keys, each one
@@ -224,8 +231,13 @@ __global__ void __launch_bounds__(kThreads, 1)
                         head * p.q_stride_head + kPair * (lane % 4);
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
-        q[t][step][0] = *reinterpret_cast<const uint32_t*>(source + 16 * step);
-        q[t][step][1] = *reinterpret_cast<const uint32_t*>(source + 16 * step + kSecond);
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          // Of fp8 both are within 16 dimensions, of which head_dim is a multiple then.
+          const bool inside = 16 * step + (S::kFp8 ? 0 : 8 * j) < p.head_dim;
+          q[t][step][j] =
+              inside ? *reinterpret_cast<const uint32_t*>(source + 16 * step + kSecond * j) : 0;
+        }
       }
     }
     float score_factor = 1;
@@ -506,14 +518,21 @@ cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
   d.attention.arrivals += int64_t{p.multiprocessors} * kWorkspaceCounters;
   d.box_keys = box_keys(p, S::kUnitKeys);
   while (1 << d.box_keys_log2 < d.box_keys) ++d.box_keys_log2;
+  const bool whole = p.head_dim == kHeadDim;
+  d.copies = whole ? 1 : S::kRowBytes / S::kChunkOfRow;
   d.joined =
+      whole &&
       static_cast<const char*>(p.v.data) == static_cast<const char*>(p.k.data) + S::kRowBytes &&
       p.v.stride_block == p.k.stride_block && p.v.stride_token == p.k.stride_token &&
       p.v.stride_head == p.k.stride_head;
   const int row_bytes = d.joined ? 2 * S::kRowBytes : S::kRowBytes;
-  cudaError_t error = make_tensor_map<KV>(&d.k, p.k, p.kv_heads, row_bytes, d.box_keys, row_bytes);
-  if (error == cudaSuccess && !d.joined)
-    error = make_tensor_map<KV>(&d.v, p.v, p.kv_heads, row_bytes, d.box_keys, row_bytes);
+  const auto map = [&](CUtensorMap* to, const KVTensor& tensor) {
+    constexpr int kElements = S::kChunkOfRow / sizeof(KV);
+    return whole ? make_row_map<KV>(to, tensor, p.kv_heads, row_bytes, d.box_keys)
+                 : make_chunk_map<KV>(to, tensor, p, kElements, d.box_keys);
+  };
+  cudaError_t error = map(&d.k, p.k);
+  if (error == cudaSuccess && !d.joined) error = map(&d.v, p.v);
   if (error != cudaSuccess) return error;
   const auto kernel = decode_kernel<T, KV, kHeadDim, kTiles, kGeneral, kWide>;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,

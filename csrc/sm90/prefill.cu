@@ -74,6 +74,7 @@ struct Shape {
   // Of keys or values as they arrive.
   static constexpr int kRowBytes = sizeof(KV) * kHeadDim, kArrivingBytes = kRowBytes * kBlockN;
   static constexpr int kArrivingChunks = kFp8 ? 1 : kChunks;
+  static constexpr int kBoxElements = kHeadDim / kArrivingChunks;  // of a key or value in a box
   static constexpr int kTileBytes = 2 * kHeadDim * kBlockN;
   // Places for queries. If there is one, those of a tile arrive when all of the one before have
   // been used.
@@ -356,8 +357,8 @@ struct Loader {
       }
       __syncwarp();
       if (row < kBlockN) {
-        tensor_copy((kValues ? shared.v : shared.k)[stage] + offset, map, arrival, 0, address.token,
-                    chunk, tile.kv_head, address.block);
+        tensor_copy((kValues ? shared.v : shared.k)[stage] + offset, map, arrival,
+                    chunk * S::kBoxElements, address.token, 0, tile.kv_head, address.block);
       }
       if (unusable) {
         mbarrier_wait(&shared.landed, landed_phase);
@@ -514,7 +515,7 @@ __device__ void load_queries(const PrefillParams& d, Shared<S>& shared, int thre
                           (int64_t{q_begin} + query) * p.q_stride_token + head * p.q_stride_head +
                           8 * piece;
         copy_async_16(q + (piece / 8 * S::kBlockM + row) * kChunkBytes + ((piece ^ row) % 8 << 4),
-                      source, true);
+                      source, 8 * piece < p.head_dim);
       }
       copy_async_commit();
       copy_async_wait<0>();
@@ -793,9 +794,9 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
       if (with_maxima) rescale = find_maxima();
       float sums[2];
       exponentials(sums);
-      // (A NaN is not below it either.)
-      const bool small = sums[0] <= kMostWeight && sums[1] <= kMostWeight;
-      if (with_maxima || !__any_sync(~0u, !small)) {
+      // (A NaN is not: rows behind the request's last may have it, and must not make others do so.)
+      const bool large = sums[0] > kMostWeight || sums[1] > kMostWeight;
+      if (with_maxima || !__any_sync(~0u, large)) {
         row_sum[0] += sums[0], row_sum[1] += sums[1];
         return rescale;
       }
@@ -967,7 +968,7 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
           pairs[j] = pack<T>(x * row_factor[h], y * row_factor[h]);
         }
         transpose_quads(pairs);
-        if (first_row + 8 * h < rows)
+        if (first_row + 8 * h < rows && 8 * (i + thread_of_group() % 4) < p.head_dim)
           *reinterpret_cast<uint4*>(destination[h] + 8 * i) = {pairs[0], pairs[1], pairs[2],
                                                                pairs[3]};
       }
@@ -1076,13 +1077,9 @@ cudaError_t launch(PrefillParams& d, cudaStream_t stream) {
   d.box_keys = box_keys(p, S::kBlockN);
   d.most_parts = most_parts(p, kGroups, kHeadDim);
   static_assert(part_floats(4 * kGroups, kHeadDim) <= kWorkspaceFloats);
-  constexpr int kBoxBytes = S::kRowBytes < kChunkBytes ? S::kRowBytes : kChunkBytes;
-  const auto map = [&](CUtensorMap* to, const KVTensor& tensor) {
-    return make_tensor_map<KV>(to, tensor, p.kv_heads, S::kRowBytes, d.box_keys, kBoxBytes);
-  };
-  cudaError_t error = map(&d.k, p.k);
-  if (error == cudaSuccess) error = map(&d.v, p.v);
-  d.query_boxes = has_query_map(p);
+  cudaError_t error = make_chunk_map<KV>(&d.k, p.k, p, S::kBoxElements, d.box_keys);
+  if (error == cudaSuccess) error = make_chunk_map<KV>(&d.v, p.v, p, S::kBoxElements, d.box_keys);
+  d.query_boxes = has_query_map(p, kHeadDim);
   if (error == cudaSuccess && d.query_boxes)
     error = make_query_map<T>(&d.q, p, kHeadDim, S::kBlockM);
   if (error != cudaSuccess) return error;

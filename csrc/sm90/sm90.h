@@ -1,5 +1,5 @@
 // Kernels for Hopper (compiled as sm_90a), for one dtype of queries and output, one of keys and
-// values and one head_dim at a time; prefill with softcap apart.
+// values and one head_dim at a time, which serves shorter heads too; prefill with softcap apart.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -8,13 +8,11 @@
 namespace sparsek::sm90 {
 
 constexpr int kSharedBytes = 227 * 1024;  // that a thread block can have
-constexpr bool has_head_dim(int head_dim) {
-  return head_dim == 64 || head_dim == 128 || head_dim == 256;
-}
+constexpr int kMostHeadDim = 256;
 // Registers for wider sums and those of the warps that widen fp8 are more than there are. With
 // softcap over fp8 nobody has asked for it.
 constexpr bool has_prefill(int head_dim, bool fp8, bool softcap = false) {
-  return has_head_dim(head_dim) && (!fp8 || (head_dim <= 128 && !softcap));
+  return head_dim <= kMostHeadDim && (!fp8 || (head_dim <= 128 && !softcap));
 }
 // Rows that a unit of decode's work has at most. Softcap takes the registers of more.
 constexpr int most_decode_rows(int head_dim, bool softcap = false) {

@@ -2,6 +2,8 @@
 #pragma once
 #include <cuda.h>
 
+#include <algorithm>
+
 #include "sm90.h"
 
 namespace sparsek::sm90 {
@@ -63,24 +65,38 @@ cudaError_t encode_map(CUtensorMap* map, const void* data, const int64_t (&sizes
 }
 
 // Of K or V (or of both, where V lies behind K in each row of so many bytes) as [block, head,
-// chunk, token, element of the chunk]. A copy brings a box of so many tokens of one head, so many
-// bytes of them: one chunk after the other, or shorter rows.
+// chunk, token, element of the chunk]. A copy brings so many tokens of one head, one chunk after
+// the other.
 template <typename KV>
-cudaError_t make_tensor_map(CUtensorMap* map, const KVTensor& tensor, int kv_heads, int row_bytes,
-                            int box_keys, int box_bytes) {
+cudaError_t make_row_map(CUtensorMap* map, const KVTensor& tensor, int kv_heads, int row_bytes,
+                         int box_keys) {
   constexpr int64_t kBytes = sizeof(KV);
-  const int chunk_bytes = row_bytes < kChunkBytes ? row_bytes : kChunkBytes;
+  const int chunk_bytes = std::min(row_bytes, kChunkBytes), chunks = row_bytes / chunk_bytes;
   const int elements = chunk_bytes / static_cast<int>(kBytes);
   return encode_map<KV>(map, tensor.data,
-                        {elements, tensor.tokens, row_bytes / chunk_bytes, kv_heads, tensor.blocks},
+                        {elements, tensor.tokens, chunks, kv_heads, tensor.blocks},
                         {kBytes * tensor.stride_token, kChunkBytes, kBytes * tensor.stride_head,
                          kBytes * tensor.stride_block},
-                        {elements, box_keys, box_bytes / chunk_bytes, 1, 1});
+                        {elements, box_keys, chunks, 1, 1});
 }
 
-// Whether tiles of 64 rows and its multiples are boxes of queries: they hold whole tokens.
-inline bool has_query_map(const AttentionParams& p) {
-  return 64 % p.group == 0 && fits_tensor_map(p.total_q, p.q_stride_token) &&
+// Of K or V as [block, head, 1, token, element]. A copy brings so many elements, up to a chunk, of
+// so many tokens of one head, with zeros behind the row's end.
+template <typename KV>
+cudaError_t make_chunk_map(CUtensorMap* map, const KVTensor& tensor, const AttentionParams& p,
+                           int elements, int box_keys) {
+  constexpr int64_t kBytes = sizeof(KV);
+  return encode_map<KV>(map, tensor.data, {p.head_dim, tensor.tokens, 1, p.kv_heads, tensor.blocks},
+                        {kBytes * tensor.stride_token, kChunkBytes, kBytes * tensor.stride_head,
+                         kBytes * tensor.stride_block},
+                        {elements, box_keys, 1, 1, 1});
+}
+
+// Whether tiles of 64 rows and its multiples are boxes of queries: they hold whole tokens, and all
+// of each chunk.
+inline bool has_query_map(const AttentionParams& p, int head_dim) {
+  return p.head_dim == head_dim && 64 % p.group == 0 &&
+         fits_tensor_map(p.total_q, p.q_stride_token) &&
          fits_tensor_map(p.group, p.q_stride_head) &&
          fits_tensor_map(p.kv_heads, p.group * p.q_stride_head);
 }

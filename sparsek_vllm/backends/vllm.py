@@ -22,7 +22,6 @@ from vllm.v1.attention.backend import (
     MultipleOf,
 )
 
-from sparsek_vllm import build
 from sparsek_vllm.backends import vllm_compat
 from sparsek_vllm.core import (
     DenseKV,
@@ -34,6 +33,7 @@ from sparsek_vllm.core import (
     write_kv,
 )
 from sparsek_vllm.core.attention import HEAD_DIMS
+from sparsek_vllm.core.ops import cuda_head_dims, has_cuda_kernel
 from sparsek_vllm.kv_cache import kv_views
 
 # vLLM shows what loggers under its own name say.
@@ -62,6 +62,7 @@ class SparseKBackend(AttentionBackend):
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16]
     supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16", *_FP8_DTYPES]
     forward_includes_kv_cache_update = False
+    supports_kv_cache_update_bypass = True  # a model's own kernel may have written them
 
     @staticmethod
     def get_name() -> str:
@@ -82,7 +83,7 @@ class SparseKBackend(AttentionBackend):
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
-        return head_size in build.HEAD_DIMS
+        return has_cuda_kernel(head_size)
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
@@ -162,7 +163,7 @@ class SparseKBackend(AttentionBackend):
         given = vllm_compat.arguments_of(super().validate_configuration, *args, **kwargs)
         on_cpu = current_platform.is_cpu()
         allowed: dict[str, list[Any]] = {
-            "head_size": list(build.HEAD_DIMS),
+            "head_size": [cuda_head_dims()],
             "dtype": cls.dtypes(on_cpu),
             "kv_cache_dtype": cls.kv_cache_dtypes(on_cpu),
             "block_size": ["multiples of 16"],
@@ -180,6 +181,12 @@ class SparseKBackend(AttentionBackend):
         if cache in ("float16", "bfloat16") and cache != model:
             reasons.append(
                 f"kv_cache_dtype {cache} not supported with dtype {model} (allowed: auto, {model})"
+            )
+        head_size, fp8 = given["head_size"], str(cache).startswith("fp8")
+        if fp8 and has_cuda_kernel(head_size) and not (on_cpu or has_cuda_kernel(head_size, fp8)):
+            reasons.append(
+                f"head_size {head_size} not supported with kv_cache_dtype {cache} "
+                f"(allowed: {cuda_head_dims(fp8)})"
             )
         if not on_cpu and not kernels.available():
             reasons.append(f"CUDA kernels: {kernels.describe()}")
@@ -268,11 +275,24 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
         """Of any batch, but what graphs replay has no images that attend to themselves: of such a
-        model, batches of one token a request, to which that makes no difference.
+        model, batches without prompts, or of one token a request, to which that makes no
+        difference.
         """
-        if vllm_compat.images_attend_to_themselves(vllm_config):
-            return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
-        return cls._cudagraph_support
+        if not vllm_compat.images_attend_to_themselves(vllm_config):
+            return cls._cudagraph_support
+        if vllm_compat.decode_graphs_have_no_prompts(vllm_config):
+            return AttentionCGSupport.UNIFORM_BATCH
+        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+    @classmethod
+    def get_varlen_cudagraph_max_query_len(cls, vllm_config: Any, kv_cache_spec: Any) -> int | None:
+        """Tokens a request of such batches, in any number up to all drafts."""
+        if cls.get_cudagraph_support(vllm_config, kv_cache_spec) != (
+            AttentionCGSupport.UNIFORM_BATCH
+        ):
+            return None
+        drafts = vllm_config.speculative_config
+        return 1 + (drafts.num_speculative_tokens if drafts else 0)
 
     def __init__(
         self,
@@ -548,7 +568,7 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
             layer: the vLLM layer, for its fp8 scales.
             query: ``[num_tokens, num_heads, head_size]``, padded past num_actual_tokens.
             key: ``[num_tokens, num_kv_heads, head_size]``; used by layers of an encoder, and where
-                ranks share out the keys.
+                ranks share out the keys. Others may leave it out.
             value: like key.
             kv_cache: this layer's cache as vLLM lays it out.
             attn_metadata: None while vLLM profiles memory: output is then zeroed.

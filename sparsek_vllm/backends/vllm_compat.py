@@ -96,6 +96,18 @@ def images_attend_to_themselves(vllm_config: Any) -> bool:
     return model is not None and bool(model.is_mm_prefix_lm)
 
 
+def decode_graphs_have_no_prompts(vllm_config: Any) -> bool:
+    """Whether no graph of a uniform batch is replayed for several tokens of a prompt.
+
+    vLLM's second model runner tells them apart by now; the first one, and older ones, by their
+    number alone.
+    """
+    from vllm.v1.attention.backend import AttentionMetadataBuilder
+
+    asks = hasattr(AttentionMetadataBuilder, "get_varlen_cudagraph_max_query_len")
+    return asks and bool(vllm_config.use_v2_model_runner)
+
+
 def image_ranges(vllm_config: Any, common: Any) -> dict[int, list[tuple[int, int]]] | None:
     """Of a model whose images attend to themselves: those in which a request has rows in this
     step, by its index, as their first and last positions. None for other models.

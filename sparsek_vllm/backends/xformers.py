@@ -19,7 +19,7 @@ import torch
 
 from sparsek_vllm._version import XFORMERS
 from sparsek_vllm.core import DenseKV, PagedKV, varlen_attention
-from sparsek_vllm.core.ops import CUDA_DTYPES, CUDA_HEAD_DIMS
+from sparsek_vllm.core.ops import CUDA_DTYPES, cuda_head_dims, has_cuda_kernel
 
 try:
     from xformers.components.attention import Attention as _Attention
@@ -120,8 +120,8 @@ class SparseKAttention(_Attention):
         """``softmax(q @ k.T * scale + att_mask) @ v`` for every batch entry and head.
 
         Args:
-            q: ``[B, S, H, D]``, or ``[B, S, G, H, D]`` in G groups of heads; fp16, bf16, fp32
-                (fp64 on CPU); CPU or CUDA.
+            q: ``[B, S, H, D]``, or ``[B, S, G, H, D]`` in G groups of heads; fp16 or bf16, on
+                CPU fp32 and fp64 too.
             k: ``[B, S_k, H_k, D]`` where H is a multiple of H_k, or ``[B, S_k, G, H or 1, D]``;
                 dtype and device of q.
             v: like k.
@@ -179,8 +179,8 @@ class SparseKFwOp(_FwOpBase):
             reasons.append(f"device={q.device.type} (supported: {sorted(cls.SUPPORTED_DEVICES)})")
         on_cuda = q.device.type == "cuda"
         dtypes = CUDA_DTYPES if on_cuda else cls.SUPPORTED_DTYPES
-        if on_cuda and q.shape[-1] not in CUDA_HEAD_DIMS:
-            reasons.append(f"query.shape[-1]={q.shape[-1]} (supported: {list(CUDA_HEAD_DIMS)})")
+        if on_cuda and not has_cuda_kernel(q.shape[-1]):
+            reasons.append(f"query.shape[-1]={q.shape[-1]} (supported: {cuda_head_dims()})")
         for name, x in (("query", q), ("key", k), ("value", v)):
             if x.dtype not in dtypes:
                 names = sorted(map(str, dtypes))

@@ -37,7 +37,7 @@ ARCHS = tuple(_GENCODE)
 # A GPU's own kernels, for it alone.
 _NATIVE_GENCODE = {"90": ("arch=compute_90a,code=sm_90a",)}
 
-# As in csrc/ops.cu. Hopper's own kernels have three of them.
+# That kernels are compiled for, as in csrc/ops.cu; shorter heads take the next longer ones'.
 HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 256, 512)
 HOPPER_HEAD_DIMS = (64, 128, 256)
 # Of queries; keys and values have the same, or fp8.
@@ -291,9 +291,7 @@ class Object(NamedTuple):
     gencode: tuple[str, ...]
 
 
-def objects(
-    variant: Variant, archs: Sequence[str], head_dims: Sequence[int] = HEAD_DIMS
-) -> Iterator[Object]:
+def objects(archs: Sequence[str], head_dims: Sequence[int] = HEAD_DIMS) -> Iterator[Object]:
     """What a library is linked from."""
     gencode = tuple(code for arch in archs for code in _GENCODE[arch])
     kernels = [("portable/prefill", gencode), ("portable/decode", gencode)]
@@ -352,7 +350,7 @@ def _ninja_file(tools: Tools, variant: Variant, archs: Sequence[str]) -> str:
         "rule link",
         f"  command = {tools.compiler} -shared -o $out $in {' '.join(link)}",
     ]
-    parts = list(objects(variant, archs))
+    parts = list(objects(archs))
     for part in parts:
         extra = [*part.defines, *(f"-gencode {code}" for code in part.gencode)]
         extra += torch_flags if part.name == "ops" else []

@@ -132,7 +132,7 @@ class Config:
             arch = compute_arch(device)
             if arch == "sm_90":
                 return "90a"
-            if arch not in ("cpu", "sm_90") and int(arch.removeprefix("sm_")) >= 100:
+            if arch != "cpu" and int(arch.removeprefix("sm_")) >= 100:
                 return "100"  # with PTX for what comes after
         return self.cuda_arch
 

@@ -198,7 +198,7 @@ def path_for_capability(major: int, minor: int, config: _config.Config, head_dim
             f"only Hopper's own kernels have the tiles of the Config, {tiles}, and the GPU is "
             f"sm_{major}{minor}"
         )
-    own = major == 9 and wants_hopper(config) and head_dim in build.HOPPER_HEAD_DIMS
+    own = major == 9 and wants_hopper(config) and head_dim <= max(build.HOPPER_HEAD_DIMS)
     return "hopper" if own else "portable"
 
 

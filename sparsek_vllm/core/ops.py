@@ -25,7 +25,6 @@ INDEX_DTYPES = (torch.int32, torch.int64)
 # What the CUDA kernels are compiled for.
 CUDA_DTYPES = (torch.float16, torch.bfloat16)
 CUDA_FP8 = torch.float8_e4m3fn
-CUDA_HEAD_DIMS = build.HEAD_DIMS
 
 SCHEMAS = (
     "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor seq_lens, "
@@ -66,6 +65,18 @@ for _op in _REFERENCES:
     _library.impl(_op.__name__, _op, "CPU")
 
 
+def has_cuda_kernel(head_dim: int, fp8: bool = False) -> bool:
+    """Whether heads of that size have one, over 16-bit or fp8 keys: rows are copied 16 bytes at a
+    time.
+    """
+    return 0 < head_dim <= max(build.HEAD_DIMS) and head_dim % (16 if fp8 else 8) == 0
+
+
+def cuda_head_dims(fp8: bool = False) -> str:
+    """Which those are, in words."""
+    return f"a multiple of {16 if fp8 else 8} up to {max(build.HEAD_DIMS)}"
+
+
 def varlen_attention(
     q: torch.Tensor,
     kv: PagedKV | DenseKV,
@@ -96,7 +107,7 @@ def varlen_attention(
 
     Args:
         q: ``[total_q, heads, head_dim]``, last dimension contiguous. On CUDA fp16 or bf16,
-            head_dim 32, 64, 80, 96, 112, 128, 160, 192, 256 or 512, and rows that begin at
+            head_dim a multiple of 8 up to 512 (of 16 beside fp8), and rows that begin at
             multiples of 16 bytes, as in k, v and out; on CPU fp32 and fp64 too, and any head_dim.
         kv: keys and values, like q or, in pages, fp8 (on CUDA e4m3); ``heads`` must be a multiple
             of their ``kv_heads``.
@@ -105,7 +116,8 @@ def varlen_attention(
         causal: no row sees a key after its own position.
         window: keys that a row sees before and after its own position.
         scale: factor of the scores, by default ``1 / sqrt(head_dim)``.
-        softcap: if positive, scores become ``softcap * tanh(score / softcap)``.
+        softcap: if positive, scores become ``softcap * tanh(score / softcap)``; on CUDA beyond
+            10,000 that loses precision.
         sinks: ``[heads]``, a logit for each head that takes part in the softmax and adds
             nothing to the output (attention sinks, https://arxiv.org/abs/2309.17453, in the
             learned form of gpt-oss). It counts in the LSE.
@@ -486,11 +498,9 @@ def _check_cuda_attention(
 ) -> None:
     """What the kernels ask for beyond the definition of the op."""
     _check("q", q, None, CUDA_DTYPES, q.device)
-    if q.shape[2] not in CUDA_HEAD_DIMS:
-        raise ValueError(
-            f"head_dim must be one of {', '.join(map(str, CUDA_HEAD_DIMS))} on CUDA, "
-            f"got {q.shape[2]}"
-        )
+    fp8 = kv.k.dtype == CUDA_FP8
+    if not has_cuda_kernel(q.shape[2], fp8):
+        raise ValueError(f"head_dim must be {cuda_head_dims(fp8)} on CUDA, got {q.shape[2]}")
     # Packed keys and values have q's dtype by now.
     _check("k", kv.k, None, (q.dtype, CUDA_FP8), q.device)
     if isinstance(kv, PagedKV) and kv.k.dtype == q.dtype:

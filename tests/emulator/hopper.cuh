@@ -10,7 +10,7 @@ namespace emulator {
 struct TensorMap {
   const char* data;
   uint64_t strides[4];
-  uint32_t sizes[5], row_bytes;
+  uint32_t sizes[5], element_bytes, row_bytes;  // the last of a box
   uint16_t box[5];
 };
 static_assert(sizeof(TensorMap) <= sizeof(CUtensorMap));
@@ -45,6 +45,8 @@ inline void tensor_copy(void* destination, const CUtensorMap* map, uint64_t* bar
   emulator::wave.copies.push_back([=, &phases] {
     const int64_t at[5] = {c0, c1, c2, c3, c4};
     if (base % 1024) emulator::fail("a swizzled box is not aligned to 1024 bytes");
+    const int64_t row_begin = int64_t{c0} * tensor.element_bytes;
+    const int64_t row_end = int64_t{tensor.sizes[0]} * tensor.element_bytes;
     int64_t rows = 1;
     for (int i = 1; i < 5; ++i) rows *= tensor.box[i];
     for (int64_t row = 0; row < rows; ++row) {
@@ -60,7 +62,12 @@ inline void tensor_copy(void* destination, const CUtensorMap* map, uint64_t* bar
       for (uint32_t piece = 0; piece < tensor.row_bytes / 16; ++piece) {
         const int64_t offset = row * tensor.row_bytes + 16 * piece;
         char* own = to + (offset ^ (offset >> 3 & (tensor.row_bytes == 64 ? 0x30 : 0x70)));
-        inside ? std::memcpy(own, source + 16 * piece, 16) : std::memset(own, 0, 16);
+        const int64_t from = row_begin + 16 * piece;
+        if (inside && from >= 0 && from < row_end) {
+          std::memcpy(own, source + from, 16);
+        } else {
+          std::memset(own, 0, 16);
+        }
       }
     }
     phases.bytes -= rows * tensor.row_bytes;

@@ -36,14 +36,6 @@ template <int kThreads>
 inline void barrier_sync(int barrier) {
   emulator::wait(named_barrier<kThreads>(barrier));
 }
-template <int kThreads>
-inline void barrier_arrive(int barrier) {
-  auto& named = named_barrier<kThreads>(barrier);
-  if (++named.arrived == named.expected) {
-    named.arrived = 0;
-    ++named.round;
-  }
-}
 
 inline int add_acquire_release(int* address, int value) { return atomicAdd(address, value); }
 

@@ -21,8 +21,9 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuui
                                 CUtensorMapInterleave, CUtensorMapSwizzle swizzle,
                                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
   emulator::TensorMap made{static_cast<const char*>(data)};
-  made.row_bytes = box[0] * (type == CU_TENSOR_MAP_DATA_TYPE_UINT8 ? 1 : 2);
-  bool legal = rank == 5 && box[0] == sizes[0] && made.row_bytes % 16 == 0;
+  made.element_bytes = type == CU_TENSOR_MAP_DATA_TYPE_UINT8 ? 1 : 2;
+  made.row_bytes = box[0] * made.element_bytes;
+  bool legal = rank == 5 && sizes[0] * made.element_bytes % 16 == 0;
   legal &= made.row_bytes == 128 && swizzle == CU_TENSOR_MAP_SWIZZLE_128B ||
            made.row_bytes == 64 && swizzle == CU_TENSOR_MAP_SWIZZLE_64B;
   legal &= reinterpret_cast<uintptr_t>(data) % 16 == 0;

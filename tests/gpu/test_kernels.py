@@ -367,13 +367,15 @@ def test_kernels_refuse_what_they_cannot_read() -> None:
     small = torch.zeros(4, 8, 2, 64, dtype=torch.float16, device=CUDA)
     refused("block_size of k must be a multiple of 16 on CUDA, got 8",
             kv=PagedKV(small, small, kv.block_table, kv.seq_lens))  # fmt: skip
-    wide = torch.zeros(4, 16, 2, 72, dtype=torch.float16, device=CUDA)
-    refused("head_dim must be one of 32, 64, 80, 96, 112, 128, 160, 192, 256, 512 on CUDA, got 72",
-            q=torch.zeros(1, 8, 72, dtype=torch.float16, device=CUDA),
-            kv=PagedKV(wide, wide, kv.block_table, kv.seq_lens))  # fmt: skip
-    fp8 = torch.zeros(4, 16, 2, 64, device=CUDA).to(torch.float8_e5m2)
+    for size, fp8, allowed in ((76, False, 8), (520, False, 8), (72, True, 16)):
+        rows = torch.zeros(4, 16, 2, size, dtype=torch.float16, device=CUDA)
+        rows = rows.to(torch.float8_e4m3fn) if fp8 else rows
+        refused(f"head_dim must be a multiple of {allowed} up to 512 on CUDA, got {size}",
+                q=torch.zeros(1, 8, size, dtype=torch.float16, device=CUDA),
+                kv=PagedKV(rows, rows, kv.block_table, kv.seq_lens))  # fmt: skip
+    e5m2 = torch.zeros(4, 16, 2, 64, device=CUDA).to(torch.float8_e5m2)
     refused("k must be torch.float16, torch.float8_e4m3fn, got torch.float8_e5m2",
-            kv=PagedKV(fp8, fp8, kv.block_table, kv.seq_lens))  # fmt: skip
+            kv=PagedKV(e5m2, e5m2, kv.block_table, kv.seq_lens))  # fmt: skip
     scale = torch.ones(1, device=CUDA)
     refused("v_scale must be None on CUDA where k is no fp8",
             kv=dataclasses.replace(kv, v_scale=scale))  # fmt: skip
