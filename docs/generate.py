@@ -176,8 +176,8 @@ def features() -> str:
 # Features
 
 What backends tell vLLM {peers["vllm"]} on Hopper, as reported by their classes. What is not there
-is refused at start-up. They were asked for the head sizes in TRITON_ATTN's column alone; SPARSEK_XFORMERS has
-all multiples of 8 up to 512, with an fp8 KV cache multiples of 16.
+is refused at start-up. They were asked for the head sizes in TRITON_ATTN's column alone;
+SPARSEK_XFORMERS has all multiples of 8 up to 512, with an fp8 KV cache multiples of 16.
 
 | | {head} |
 | ---{" | ---" * len(columns)} |

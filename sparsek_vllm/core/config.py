@@ -52,7 +52,8 @@ class Config:
         warp_specialized: separate warps load and compute.
         use_tma: copy tiles with the tensor memory accelerator.
         cutlass_path: accepted, and without effect: no kernel uses CUTLASS.
-        build_dir: where compiled kernels are cached.
+        build_dir: where compiled kernels are cached, by default
+            ``~/.cache/blackwell_sparsek/build``.
         kernels: ``"hopper"`` (Hopper's own where there is one, portable ones for the rest),
             ``"portable"``, or ``"auto"``: Hopper's own on Hopper, portable ones elsewhere.
 
