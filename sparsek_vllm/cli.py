@@ -33,8 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         nargs="*",
         metavar="SET",
         help="decode, uneven, multi-query, fp8, prefill, paged-prefill, fp8-prefill, chunks, "
-        "mixed, decode-256, prefill-256, small, floor, serve, load (default: all but load; "
-        "floor on Hopper alone)",
+        "mixed, decode-256, prefill-256, decode-sizes, prefill-sizes, small, floor, serve, load "
+        "(default: all but load; floor on Hopper alone)",
     )
     bench.add_argument("--warm", action="store_true", help="inputs stay in the L2 cache")
     bench.add_argument(

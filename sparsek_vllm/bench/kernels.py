@@ -216,7 +216,7 @@ class Paged:
 
     def flashinfer(self) -> Call | None:
         flashinfer = _module("flashinfer")
-        if flashinfer is None or max(self.rows) != 1:
+        if flashinfer is None or max(self.rows) != 1 or self.head_dim not in FLASHINFER_SIZES:
             return None
         indptr = torch.zeros(len(self.rows) + 1, dtype=torch.int32)
         indptr[1:] = self.pages.cumsum(0)
@@ -511,6 +511,27 @@ def prefill_256(warm: bool) -> Iterator[Row]:
         yield _dense_row(f"S={length}, packed", dense)
 
 
+def decode_sizes(warm: bool) -> Iterator[Row]:
+    """Decode at head sizes that take the kernels for the next larger one, page 16, bf16."""
+    for head_dim, heads, kv_heads in OTHER_SIZES:
+        for batch, context in ((1, 16384), (16, 4096), (64, 2048)):
+            case = Paged([1] * batch, [context] * batch, head_dim, 16, heads, kv_heads, warm=warm)
+            beside = {PORTABLE: _with_portable(case.ours())}
+            name = f"{batch} x {context}, heads {heads}/{kv_heads} D={head_dim}"
+            yield _bandwidth_row(name, case, beside)
+
+
+def prefill_sizes(warm: bool) -> Iterator[Row]:
+    """Causal prefill at these sizes, page 16, bf16."""
+    for head_dim, heads, kv_heads in OTHER_SIZES:
+        for batch, rows, keys in PAGED_PREFILL_SHAPES:
+            shape = [rows] * batch, [keys] * batch, head_dim, 16, heads, kv_heads
+            case = Paged(*shape, warm=warm)
+            beside = {PORTABLE: _with_portable(case.ours())}
+            name = f"{batch} x {rows} on {keys}, heads {heads}/{kv_heads} D={head_dim}"
+            yield _causal_row(name, case, beside)
+
+
 def chunks(warm: bool) -> Iterator[Row]:
     """Causal, bf16, 32/8 heads, page 16: few new tokens, as when a long chat goes on."""
     for head_dim in (128, 64):
@@ -578,6 +599,9 @@ DECODE_SHAPES = (
     (8, 131072),
 )
 PAGED_PREFILL_SHAPES = ((1, 8192, 8192), (4, 2048, 2048), (1, 2048, 32768), (16, 512, 4096))
+# As in Phi-2 and StableLM, Phi-3 mini, H2O-Danube3 4B; 40 and 192 with heads in between.
+OTHER_SIZES = ((40, 16, 4), (80, 32, 32), (96, 32, 32), (120, 32, 8), (192, 16, 8))
+FLASHINFER_SIZES = (64, 128, 256)  # that its kernels here are made for
 DECODE_SHAPES_256 = ((1, 1024), (1, 16384), (16, 1024), (16, 16384), (64, 4096))
 CHUNK_SHAPES = (
     (1, 32, 65536),
@@ -603,6 +627,8 @@ SETS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "mixed": mixed,
     "decode-256": decode_256,
     "prefill-256": prefill_256,
+    "decode-sizes": decode_sizes,
+    "prefill-sizes": prefill_sizes,
     "small": small,
 }
 
