@@ -595,6 +595,17 @@ def test_debug_mode_checks_indices(call, changes, message, debug):
         call(**changes)
 
 
+@pytest.mark.parametrize(("call", "changes", "message"), DEBUG)
+def test_debug_mode_checks_whatever_the_caller_says(call, changes, message, debug):
+    with refuses(message):
+        call(**changes, check=False)
+
+
+@pytest.mark.parametrize("call", [attend, write])
+def test_nothing_else_depends_on_the_checks(call):
+    call(check=False)
+
+
 def test_debug_mode_lets_valid_calls_pass(debug):
     attend(block_table=ints(0, 1, 2**30, -7).view(1, 4))  # 20 keys are two pages
     attend(seq_lens=ints(0), block_table=ints(-7, -7).view(1, 2))

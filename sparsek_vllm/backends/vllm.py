@@ -638,6 +638,7 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
             max_seqlen_k=metadata.max_seq_len,
             out=out,
             return_lse=return_lse,
+            check=False,
         )
 
     def _own(
@@ -744,6 +745,7 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
             slot_mapping,
             layer._k_scale if quantised else None,
             layer._v_scale if quantised else None,
+            check=False,
         )
 
     def _views(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -97,6 +97,7 @@ def varlen_attention(
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
     return_lse: bool = False,
+    check: bool = True,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Exact attention of packed queries over each request's own keys and values.
 
@@ -142,6 +143,8 @@ def varlen_attention(
         out: like ``q``, to write the result into.
         lse: ``[heads, total_q]`` float32, to write the log-sum-exp into.
         return_lse: also return the natural log-sum-exp of the masked scores.
+        check: False, where the caller knows that all of this holds, saves the host the time to see:
+            wrong shapes may then read or write what they should not. Debug mode checks anyway.
 
     Returns:
         ``out``, or ``(out, lse)``. A row that sees no key gets output 0 and LSE -inf (the sink,
@@ -151,7 +154,10 @@ def varlen_attention(
         ValueError: an argument has the wrong shape, dtype, device, strides or value.
         ImportError: CUDA tensors, and no kernels are built.
     """
-    heads, head_dim = _check_attention(q, kv, cu_seqlens_q, window, softcap)
+    check = check or debug_enabled()
+    if check:
+        _check_attention(q, kv, cu_seqlens_q, window, softcap)
+    _, heads, head_dim = q.shape
     batch = cu_seqlens_q.shape[0] - 1
     scale = check_scale(scale, head_dim)
     left, right = window
@@ -161,44 +167,23 @@ def varlen_attention(
         max_seqlen_q = int(cu_seqlens_q.diff().max()) if batch else 0
     if max_seqlen_k is None:
         max_seqlen_k = int(kv.seq_lens.max()) if batch else 0
-    wide = torch.promote_types(q.dtype, torch.float32)
     if out is None:
         out = torch.empty_like(q)
     if lse is None and return_lse:
+        wide = torch.promote_types(q.dtype, torch.float32)
         lse = torch.empty(heads, q.shape[0], dtype=wide, device=q.device)
-    _check_same("out", out, "q", q)
-    _check_last_stride("out", out)
-    _check("lse", lse, (heads, q.shape[0]), (wide,), q.device)
-    _check("sinks", sinks, (heads,), FLOAT_DTYPES, q.device)
-    _check("q_offsets", q_offsets, (batch,), INDEX_DTYPES, q.device)
-    _check("spans", spans, (q.shape[0], 2), (torch.int32,), q.device)
-    if spans is not None and not spans.is_contiguous():
-        raise ValueError(f"spans must be contiguous, got strides {list(spans.stride())}")
-    if spans is not None and (not q.is_cuda or _checks(q)):
-        _check_spans(spans, cu_seqlens_q, kv.seq_lens, q_offsets)
-    if bias is not None:
-        _check("bias", bias, None, FLOAT_DTYPES, q.device)
-        rows, keys = max_seqlen_q, max_seqlen_k
-        if (
-            bias.ndim != 4
-            or bias.shape[:2] != (batch, heads)
-            or bias.shape[2] < rows
-            or bias.shape[3] < keys
-        ):
-            raise ValueError(
-                f"bias must have shape [batch={batch}, heads={heads}, max_q>={rows}, "
-                f"max_k>={keys}], got {list(bias.shape)}"
-            )
     paged = kv if isinstance(kv, PagedKV) else None
-    if min_seqlen_q > 0 and batch and (not q.is_cuda or _checks(q)):
-        shortest = int(cu_seqlens_q.diff().min())
-        if shortest < min_seqlen_q:
-            raise ValueError(
-                f"min_seqlen_q must be at most the shortest query length, {shortest}, "
-                f"got {min_seqlen_q}"
-            )
-    if paged is not None and _checks(q):
-        _check_block_table(paged, cu_seqlens_q, q_offsets, left if spans is None else -1)
+    if check:
+        _check_same("out", out, "q", q)
+        _check_last_stride("out", out)
+        _check_options(q, batch, lse, sinks, bias, q_offsets, spans, max_seqlen_q, max_seqlen_k)
+        if not q.is_cuda or _checks(q):
+            if spans is not None:
+                _check_spans(spans, cu_seqlens_q, kv.seq_lens, q_offsets)
+            if min_seqlen_q > 0 and batch:
+                _check_shortest(cu_seqlens_q, min_seqlen_q)
+        if paged is not None and _checks(q):
+            _check_block_table(paged, cu_seqlens_q, q_offsets, left if spans is None else -1)
     served = kernels.serving(q.device, head_dim)
     arguments = (
         q,
@@ -228,7 +213,7 @@ def varlen_attention(
         lse,
     )
     try:
-        served.ops.varlen_attention(*arguments)
+        served.ops.varlen_attention.default(*arguments)
     except RuntimeError:
         # The kernels have refused before any launch; this says it in the words of our arguments,
         # and would cost each call as much as the launch.
@@ -283,6 +268,8 @@ def write_kv(
     slot_mapping: torch.Tensor,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    *,
+    check: bool = True,
 ) -> None:
     """Write new keys and values into a paged cache.
 
@@ -299,11 +286,28 @@ def write_kv(
         slot_mapping: ``[<= tokens]``, int64 or int32.
         k_scale: optional float32 tensor with 1 or ``kv_heads`` elements.
         v_scale: likewise.
+        check: as in :func:`varlen_attention`.
 
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or strides.
         ImportError: CUDA tensors, and no kernels are built.
     """
+    if check or debug_enabled():
+        _check_write_kv(key, value, k_cache, v_cache, slot_mapping, k_scale, v_scale)
+    served = kernels.serving(key.device)
+    served.ops.write_kv.default(key, value, k_cache, v_cache, slot_mapping, k_scale, v_scale)
+    stats.record("write_kv", _elsewhere(served.path), slot_mapping.shape[0])
+
+
+def _check_write_kv(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+) -> None:
     _check("key", key, None, FLOAT_DTYPES, key.device)
     _check_same("value", value, "key", key)
     _check("k_cache", k_cache, None, (*FLOAT_DTYPES, *FP8_DTYPES), key.device)
@@ -346,9 +350,6 @@ def write_kv(
         _check("k_cache", k_cache, None, (key.dtype, CUDA_FP8), key.device)
         if k_cache.dtype == key.dtype:
             _check_no_scales(k_scale, v_scale, "k_cache")
-    served = kernels.serving(key.device)
-    served.ops.write_kv(key, value, k_cache, v_cache, slot_mapping, k_scale, v_scale)
-    stats.record("write_kv", _elsewhere(served.path), slot_mapping.shape[0])
 
 
 def merge_states(
@@ -421,7 +422,7 @@ def _check_attention(
     cu_seqlens_q: torch.Tensor,
     window: tuple[int, int],
     softcap: float,
-) -> tuple[int, int]:
+) -> None:
     if q.ndim != 3:
         raise ValueError(f"q must have shape [total_q, heads, head_dim], got {list(q.shape)}")
     _, heads, head_dim = q.shape
@@ -485,7 +486,47 @@ def _check_attention(
         )
     if not (isinstance(softcap, (int, float)) and math.isfinite(softcap) and softcap >= 0):
         raise ValueError(f"softcap must be 0 (off) or a positive finite number, got {softcap}")
-    return heads, head_dim
+
+
+def _check_options(
+    q: torch.Tensor,
+    batch: int,
+    lse: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    q_offsets: torch.Tensor | None,
+    spans: torch.Tensor | None,
+    rows: int,
+    keys: int,
+) -> None:
+    tokens, heads, _ = q.shape
+    wide = torch.promote_types(q.dtype, torch.float32)
+    _check("lse", lse, (heads, tokens), (wide,), q.device)
+    _check("sinks", sinks, (heads,), FLOAT_DTYPES, q.device)
+    _check("q_offsets", q_offsets, (batch,), INDEX_DTYPES, q.device)
+    _check("spans", spans, (tokens, 2), (torch.int32,), q.device)
+    if spans is not None and not spans.is_contiguous():
+        raise ValueError(f"spans must be contiguous, got strides {list(spans.stride())}")
+    _check("bias", bias, None, FLOAT_DTYPES, q.device)
+    if bias is not None and (
+        bias.ndim != 4
+        or bias.shape[:2] != (batch, heads)
+        or bias.shape[2] < rows
+        or bias.shape[3] < keys
+    ):
+        raise ValueError(
+            f"bias must have shape [batch={batch}, heads={heads}, max_q>={rows}, "
+            f"max_k>={keys}], got {list(bias.shape)}"
+        )
+
+
+def _check_shortest(cu_seqlens_q: torch.Tensor, min_seqlen_q: int) -> None:
+    shortest = int(cu_seqlens_q.diff().min())
+    if shortest < min_seqlen_q:
+        raise ValueError(
+            f"min_seqlen_q must be at most the shortest query length, {shortest}, "
+            f"got {min_seqlen_q}"
+        )
 
 
 def _check_cuda_attention(

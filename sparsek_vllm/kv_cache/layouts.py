@@ -34,19 +34,16 @@ def kv_views(
     Raises:
         ValueError: the shape is none of the above, or the dtype does not fit ``fp8_dtype``.
     """
-    packed = cache.ndim == 4 and (cache.shape[1], cache.shape[3]) == (kv_heads, 2 * head_dim)
-    two_plane = (
-        cache.ndim == 5
-        and cache.shape[0] == 2
-        and (cache.shape[3], cache.shape[4]) == (kv_heads, head_dim)
-    )
+    shape = cache.shape  # asked for once: this counts in every layer
+    packed = len(shape) == 4 and shape[1] == kv_heads and shape[3] == 2 * head_dim
+    two_plane = len(shape) == 5 and shape[0] == 2 and shape[3:] == (kv_heads, head_dim)
     if not (packed or two_plane):
         raise ValueError(
             f"cache must have shape (blocks, kv_heads={kv_heads}, block, 2 * head_dim="
             f"{2 * head_dim}) or (2, blocks, block, {kv_heads}, {head_dim}), "
-            f"got {tuple(cache.shape)}"
+            f"got {tuple(shape)}"
         )
-    if cache.shape[-1] > 1 and cache.stride(-1) != 1:
+    if shape[-1] > 1 and cache.stride(-1) != 1:
         raise ValueError(
             f"cache must be contiguous in its last dimension, got strides {cache.stride()}"
         )
@@ -54,7 +51,5 @@ def kv_views(
         if cache.dtype.itemsize != 1:
             raise ValueError(f"cache must hold bytes for {fp8_dtype}, got {cache.dtype}")
         cache = cache.view(fp8_dtype)
-    if packed:
-        tokens_first = cache.transpose(1, 2)
-        return tokens_first[..., :head_dim], tokens_first[..., head_dim:]
-    return cache[0], cache[1]
+    k, v = cache.transpose(1, 2).chunk(2, 3) if packed else cache.unbind(0)
+    return k, v
