@@ -53,7 +53,7 @@ def test_cache_beyond_32_bit_offsets() -> None:
     torch.testing.assert_close(batch.run(kv)[0].double(), batch.expected()[0], rtol=3e-2, atol=3e-2)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize(
     "lengths",
     [
@@ -95,7 +95,7 @@ def test_error_is_that_of_flash_attention_3(dtype, lengths, head_dim) -> None:
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["16-bit", "fp8"])
 @pytest.mark.parametrize("window", [(-1, -1), (40, -1), (100, 30)], ids=str)
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", [48, 64, 96, 128, 256])
 def test_many_tiles(head_dim: int, window: tuple[int, int], fp8: bool) -> None:
     """More tiles than multiprocessors: blocks of as many warpgroups as there can be, one after the
     other."""
@@ -139,7 +139,7 @@ def test_the_kernels_that_run() -> None:
     own = "sm90" if PATH == "hopper" else "portable"
     lengths = [(1, 2000), (300, 600)]
     spans = torch.zeros(301, 2, dtype=torch.int32, device=CUDA)
-    for head_dim in (64, 256):
+    for head_dim in (64, 96, 256):
         batch = Batch(lengths, 2, 4, head_dim)
         assert launched(batch) == {f"{own} prefill", f"{own} decode"}
         assert launched(batch, softcap=20.0) == {f"{own} prefill", f"{own} decode"}
@@ -413,8 +413,12 @@ for head_dim in (64, 128, 256):
     spans = torch.zeros(len(batch.q), 2, dtype=torch.int32, device="cuda")
     spans[5:95] = torch.tensor([60, 150])
     batch.run(spans=spans, window=(40, -1))
-for fp8 in (False, True):
-    Batch(lengths, 2, 4, 80, fp8=fp8).run()
+for head_dim in (80, 208, 400):
+    for fp8 in (False, True):
+        batch = Batch([*lengths, (700, 900)], 2, 4, head_dim, fp8=fp8)
+        batch.run()
+        batch.run(softcap=10.0, window=(40, -1))
+Batch([(400, 3000)], 4, 4, 72).run()
 torch.cuda.synchronize()
 print("all launched")
 """
