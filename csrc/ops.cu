@@ -276,7 +276,7 @@ void run_attention(AttentionParams& p, const Tensor& q, bool fp8, const Optional
   hopper = hopper && !p.spans && device.is_hopper() && head_dim <= sm90::kMostHeadDim &&
            sm90::has_tensor_map(p.k, p.kv_heads) && sm90::has_tensor_map(p.v, p.kv_heads);
   const bool hopper_prefill =
-      hopper && !p.bias && sm90::has_prefill(p.head_dim, fp8, p.softcap > 0);
+      hopper && !p.bias && !p.alibi_slopes && sm90::has_prefill(p.head_dim, fp8, p.softcap > 0);
 #else
   const bool hopper_prefill = hopper = false;
 #endif
@@ -314,11 +314,12 @@ void varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
                       const Tensor& seq_lens, const OptionalTensor& block_table,
                       const OptionalTensor& k_starts, const OptionalTensor& q_offsets,
                       const OptionalTensor& spans, const OptionalTensor& bias,
-                      const OptionalTensor& sinks, const OptionalTensor& k_scale,
-                      const OptionalTensor& v_scale, const OptionalTensor& workspace, bool hopper,
-                      bool batch_invariant, int64_t min_seqlen_q, int64_t max_seqlen_q,
-                      int64_t max_seqlen_k, double scale, int64_t window_left, int64_t window_right,
-                      double softcap, Tensor out, OptionalTensor lse) {
+                      const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+                      const OptionalTensor& k_scale, const OptionalTensor& v_scale,
+                      const OptionalTensor& workspace, bool hopper, bool batch_invariant,
+                      int64_t min_seqlen_q, int64_t max_seqlen_q, int64_t max_seqlen_k,
+                      double scale, int64_t window_left, int64_t window_right, double softcap,
+                      Tensor out, OptionalTensor lse) {
   const int64_t batch = seq_lens.size(0), total_q = q.size(0);
   if (batch == 0 || total_q == 0) return;
   const int64_t kv_heads = k.size(k.dim() - 2);
@@ -368,6 +369,11 @@ void varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
     p.sinks = sinks->data_ptr();
     p.sinks_type = float_type("sinks", *sinks);
     p.sinks_stride = stride(*sinks, 0);
+  }
+  if (alibi_slopes) {
+    check(alibi_slopes->scalar_type() == ScalarType::Float, "alibi_slopes must be float32");
+    check_last_stride("alibi_slopes", *alibi_slopes);
+    p.alibi_slopes = static_cast<const float*>(alibi_slopes->data_ptr());
   }
   if (bias) {
     p.bias = bias->data_ptr();

@@ -66,8 +66,9 @@ struct AttentionParams {
   const float *k_scale, *v_scale;
   int k_scale_stride, v_scale_stride;
 
-  const void* sinks;  // [heads], or null
-  const void* bias;   // [batch, heads, max_q, max_k], or null
+  const void* sinks;          // [heads], or null
+  const void* bias;           // [batch, heads, max_q, max_k], or null
+  const float* alibi_slopes;  // [heads], or null
   Float sinks_type, bias_type;
   int64_t sinks_stride, bias_stride[4];
 
@@ -97,7 +98,9 @@ struct AttentionParams {
 };
 
 // Whether there is more than a window: for the kernels that are made for all of it.
-inline bool is_general(const AttentionParams& p) { return p.softcap > 0 || p.bias || p.spans; }
+inline bool is_general(const AttentionParams& p) {
+  return p.softcap > 0 || p.bias || p.alibi_slopes || p.spans;
+}
 
 // Keys that so many queries, one behind the other, see together at most.
 inline int64_t most_keys(const AttentionParams& p, int64_t queries) {

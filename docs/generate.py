@@ -205,8 +205,8 @@ What vLLM does around attention, and the test that shows it with this backend:
 | shared prefixes (cascade attention) | `tests/test_vllm_attention_types.py` \
 | `tests/gpu/test_vllm_features.py` |
 | batch invariance | `tests/test_kernels.py`, emulated | `tests/gpu/test_vllm_models.py` |
-| popular models' shapes: Gemma 2, 3 and 4, Mistral, gpt-oss, Phi, Llama, Qwen, Granite 4 (Mamba), \
-Whisper, a LoRA adapter, an EAGLE head | `tests/test_vllm_models.py` \
+| popular models' shapes: Gemma 2, 3 and 4, Mistral, gpt-oss, Phi, Llama, Qwen, BLOOM (ALiBi), \
+Granite 4 (Mamba), Whisper, a LoRA adapter, an EAGLE head | `tests/test_vllm_models.py` \
 | `tests/gpu/test_vllm_models.py` |
 | LLaVA, weights in fp8, keys offloaded to the host | | `tests/gpu/test_vllm_models.py` |
 | tensor parallelism, by vLLM's own processes (Ray's have not been run) \
@@ -220,7 +220,6 @@ Whisper, a LoRA adapter, an EAGLE head | `tests/test_vllm_models.py` \
 Not there:
 
 - latent attention (MLA, as in DeepSeek's models), for which vLLM has backends of their own;
-- ALiBi, which FLASH_ATTN has;
 - a causal mask for some requests of a step and none for others (DiffusionGemma): refused;
 - models that vLLM builds for other backends by name: Voxtral's streaming encoder and
   Unlimited-OCR refuse this one, and Inkling, MiMo-V2 with values of another size and the sink

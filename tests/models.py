@@ -101,6 +101,7 @@ MODELS = {
     "one key head": Model("LlamaForCausalLM", heads(8, 1, 128)),
     "heads of 32": Model("LlamaForCausalLM", heads(8, 2, 32)),
     "heads of 112": Model("LlamaForCausalLM", heads(8, 2, 112)),
+    "heads of 120": Model("LlamaForCausalLM", heads(8, 2, 120)),
     "heads of 160": Model("LlamaForCausalLM", heads(8, 2, 160)),
     "heads of 192": Model("LlamaForCausalLM", heads(8, 2, 192)),
     "qwen 2.5 0.5b": Model("Qwen2ForCausalLM", {"hidden_size": 896, **heads(14, 2)}),
@@ -123,6 +124,8 @@ MODELS = {
             "attention_multiplier": 0.125,
         },
     ),
+    # ALiBi.
+    "bloom": Model("BloomForCausalLM", {"n_head": 4, "seq_length": 1024}),
     "an adapter": Model("LlamaForCausalLM", heads(8, 2, 64), {"enable_lora": True}, "adapter"),
     "an EAGLE head": Model("LlamaForCausalLM", heads(8, 2, 64), extra="eagle"),
     "weights in fp8": Model(

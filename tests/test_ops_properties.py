@@ -493,6 +493,30 @@ def test_empty_batch(paged, device):
     assert (out == 7.0).all() and lse.shape == (2, 2)
 
 
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0}, {"window": (40, 20), "causal": False}])
+def test_alibi(options, device):
+    """A bias that follows from where rows and keys stand."""
+    case = Case(((1, 200), (3, 40), (70, 90), (2, 0)), 2, 3, 64, WIDEST, 16, "nhd", seed=0)
+    inputs = Inputs(case, device)
+    slopes = torch.arange(1, 7, device=device) / 16
+    bias = torch.zeros(4, 6, 70, 200, device=device)
+    for b, (rows, keys) in enumerate(case.lengths):
+        row = torch.arange(rows, device=device).unsqueeze(-1) + keys - rows
+        distance = (torch.arange(200, device=device) - row).abs()
+        bias[b, :, :rows] = -slopes.view(-1, 1, 1) * distance
+    for kv in (inputs.paged(), inputs.dense()):
+        with on_path("varlen_attention", device, 64):
+            both = [
+                varlen_attention(
+                    inputs.q, kv, inputs.cu_seqlens_q, **options, **changes, return_lse=True
+                )
+                for changes in ({"alibi_slopes": slopes}, {"bias": bias})
+            ]
+        for own, expected in zip(*both, strict=True):
+            bound = 1e-5 if own.dtype == torch.float32 else 1e-3
+            torch.testing.assert_close(own, expected, rtol=bound, atol=bound)
+
+
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("rows", [3, 70])
 def test_a_key_that_is_no_number(rows, sinks, device):
@@ -713,7 +737,9 @@ def test_opcheck(device):
     out, lse = torch.empty_like(inputs.q), torch.empty(4, 3, device=device)
     ops = kernels.serving(device).ops
     workspace = kernels.workspace(device)
-    tail = (None, None, None, None, workspace, True, False, 0, 2, 20, 0.125, -1, 0, 0.0, out, lse)
+    tail = (
+        *[None] * 5, workspace, True, False, 0, 2, 20, 0.125, -1, 0, 0.0, out, lse,
+    )  # fmt: skip
     paged_args = (kv.k, kv.v, inputs.cu_seqlens_q, kv.seq_lens, kv.block_table, None, None, None)
     dense_args = (dense.k, dense.v, inputs.cu_seqlens_q, dense.seq_lens, None, dense.starts)
     slots = torch.tensor([3, -1, 7], device=device)

@@ -171,13 +171,17 @@ struct KeyAddress {
   }
 };
 
-// The score that enters the softmax, in natural units, where softcap or bias is in force.
+// The score that enters the softmax, in natural units, where softcap, ALiBi or bias is in force.
 __device__ inline float adjust_score(const AttentionParams& p, float score, const Request& request,
                                      int head, int query, int key, bool visible) {
   score *= p.scale;
   if (p.softcap > 0) {
     // tanh(x) = 1 - 2 / (1 + exp(2x)): tanh.approx is too coarse.
     score = p.softcap * (1 - 2 * __frcp_rn(1 + exp2_approx(2 * kLog2e * (score / p.softcap))));
+  }
+  if (p.alibi_slopes) {
+    recompute(head);  // registers are short
+    score -= p.alibi_slopes[head] * fabsf(static_cast<float>(key - request.offset - query));
   }
   if (p.bias && visible) {
     score += load_float(p.bias, p.bias_type,

@@ -546,8 +546,9 @@ cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
 
 template <typename T, typename KV, int kHeadDim>
 cudaError_t decode(const AttentionParams& p, cudaStream_t stream) {
-  // Softcap and bias take the registers that a second tile would need.
-  if (p.softcap > 0 || p.bias) return launch<T, KV, kHeadDim, 1, true, false>(p, stream);
+  // What changes scores takes the registers that a second tile would need.
+  if (p.softcap > 0 || p.bias || p.alibi_slopes)
+    return launch<T, KV, kHeadDim, 1, true, false>(p, stream);
   if (p.most_rows <= 8) return launch<T, KV, kHeadDim, 1, false, false>(p, stream);
   if constexpr (kHeadDim > 128) {
     return launch<T, KV, kHeadDim, 1, false, true>(p, stream);

@@ -31,8 +31,8 @@ inline bool has_tensor_map(const KVTensor& tensor, int kv_heads) {
          fits_tensor_map(tensor.blocks, tensor.stride_block);
 }
 
-// Requests that are not Request::is_decode(), where both k and v have a tensor map; without bias
-// and spans, with softcap or without. Only where has_prefill().
+// Requests that are not Request::is_decode(), where both k and v have a tensor map; without bias,
+// ALiBi and spans, with softcap or without. Only where has_prefill().
 template <typename T, typename KV, int kHeadDim, bool kSoftcap>
 cudaError_t prefill(const AttentionParams& params, cudaStream_t stream);
 

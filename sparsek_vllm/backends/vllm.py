@@ -456,7 +456,7 @@ class SparseKMetadataBuilder(AttentionMetadataBuilder[SparseKMetadata]):
         It is where loading keys takes the time and the pass has enough tiles of 128 rows to keep
         the multiprocessors busy as long as the separate passes would.
         """
-        if use_sliding_window or use_local_attention or dcp_world_size > 1:
+        if use_alibi or use_sliding_window or use_local_attention or dcp_world_size > 1:
             return False
         group, requests = num_query_heads // num_kv_heads, len(query_lens)
         rows = int(query_lens.sum()) * group
@@ -500,8 +500,6 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         sinks: torch.Tensor | None = None,
     ) -> None:
         name = vllm_compat.BACKEND_NAME
-        if alibi_slopes is not None:
-            raise ValueError(f"{name} does not support ALiBi (alibi_slopes)")
         if attn_type not in _ATTENTION_TYPES:
             raise ValueError(f"{name} does not support attention type {attn_type}")
         self.num_heads = num_heads
@@ -521,6 +519,9 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
                 f"{name}: sinks must have shape [num_heads={num_heads}], got {list(sinks.shape)}"
             )
         self.sinks = sinks
+        self.alibi_slopes = (
+            None if alibi_slopes is None else torch.tensor(alibi_slopes, dtype=torch.float32)
+        )
         self.batch_invariant = vllm_compat.is_batch_invariant()
         self.ranks: Any = vllm_compat.context_parallel_group() if self.dcp_world_size > 1 else None
         if self.ranks is not None:
@@ -532,6 +533,7 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
         sizes = {"head_size": self.head_size, "ranks": self.ranks.world_size}
         what = {
             "a sliding window": sliding_window is not None,
+            "ALiBi": self.alibi_slopes is not None,
             "layers that share keys": self.kv_sharing_target_layer_name is not None,
             f"attention type {self.attn_type}": self.attn_type != AttentionType.DECODER.value,
             "images that attend to themselves": vllm_compat.images_attend_to_themselves(
@@ -631,6 +633,7 @@ class SparseKImpl(AttentionImpl[SparseKMetadata]):
             scale=self.scale,
             softcap=self.softcap,
             sinks=self.sinks if with_sinks else None,
+            alibi_slopes=self.alibi_slopes,
             spans=metadata.spans if causal else None,
             batch_invariant=self.batch_invariant,
             min_seqlen_q=metadata.min_query_len,

@@ -29,9 +29,10 @@ CUDA_FP8 = torch.float8_e4m3fn
 SCHEMAS = (
     "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor seq_lens, "
     "Tensor? block_table, Tensor? k_starts, Tensor? q_offsets, Tensor? spans, Tensor? bias, "
-    "Tensor? sinks, Tensor? k_scale, Tensor? v_scale, Tensor(c!)? workspace, bool hopper, "
-    "bool batch_invariant, int min_seqlen_q, int max_seqlen_q, int max_seqlen_k, float scale, "
-    "int window_left, int window_right, float softcap, Tensor(a!) out, Tensor(b!)? lse) -> ()",
+    "Tensor? alibi_slopes, Tensor? sinks, Tensor? k_scale, Tensor? v_scale, "
+    "Tensor(c!)? workspace, bool hopper, bool batch_invariant, int min_seqlen_q, "
+    "int max_seqlen_q, int max_seqlen_k, float scale, int window_left, int window_right, "
+    "float softcap, Tensor(a!) out, Tensor(b!)? lse) -> ()",
     "attention(Tensor q, Tensor k, Tensor v, Tensor(b!)? workspace, bool hopper, float scale, "
     "Tensor(a!) out) -> ()",
     "write_kv(Tensor key, Tensor value, Tensor(a!) k_cache, Tensor(b!) v_cache, "
@@ -88,6 +89,7 @@ def varlen_attention(
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
     q_offsets: torch.Tensor | None = None,
     spans: torch.Tensor | None = None,
     batch_invariant: bool = False,
@@ -124,6 +126,9 @@ def varlen_attention(
             learned form of gpt-oss). It counts in the LSE.
         bias: ``[batch, heads, max_q, max_k]``, added to the scores after scale and softcap;
             any strides, so that broadcast dimensions can be expanded views.
+        alibi_slopes: ``[heads]`` float32: by its head's slope times their distance from the row's
+            position scores become less, after scale and softcap
+            (https://arxiv.org/abs/2108.12409).
         q_offsets: ``[batch]`` int32, position of each request's first query row.
         spans: ``[total_q, 2]`` int32, contiguous: keys from the first position up to the second,
             exclusive, that a row sees whatever ``causal`` and ``window`` say, as the tokens of an
@@ -176,7 +181,9 @@ def varlen_attention(
     if check:
         _check_same("out", out, "q", q)
         _check_last_stride("out", out)
-        _check_options(q, batch, lse, sinks, bias, q_offsets, spans, max_seqlen_q, max_seqlen_k)
+        _check_options(q, batch, lse, sinks, alibi_slopes, q_offsets, spans)
+        if bias is not None:
+            _check_bias(q, batch, bias, max_seqlen_q, max_seqlen_k)
         if not q.is_cuda or _checks(q):
             if spans is not None:
                 _check_spans(spans, cu_seqlens_q, kv.seq_lens, q_offsets)
@@ -196,6 +203,7 @@ def varlen_attention(
         q_offsets,
         spans,
         bias,
+        alibi_slopes,
         sinks,
         paged.k_scale if paged else None,
         paged.v_scale if paged else None,
@@ -493,22 +501,27 @@ def _check_options(
     batch: int,
     lse: torch.Tensor | None,
     sinks: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
     q_offsets: torch.Tensor | None,
     spans: torch.Tensor | None,
-    rows: int,
-    keys: int,
 ) -> None:
     tokens, heads, _ = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
     _check("lse", lse, (heads, tokens), (wide,), q.device)
     _check("sinks", sinks, (heads,), FLOAT_DTYPES, q.device)
+    _check("alibi_slopes", alibi_slopes, (heads,), (torch.float32,), q.device)
+    if alibi_slopes is not None:
+        _check_last_stride("alibi_slopes", alibi_slopes)
     _check("q_offsets", q_offsets, (batch,), INDEX_DTYPES, q.device)
     _check("spans", spans, (tokens, 2), (torch.int32,), q.device)
     if spans is not None and not spans.is_contiguous():
         raise ValueError(f"spans must be contiguous, got strides {list(spans.stride())}")
+
+
+def _check_bias(q: torch.Tensor, batch: int, bias: torch.Tensor, rows: int, keys: int) -> None:
+    heads = q.shape[1]
     _check("bias", bias, None, FLOAT_DTYPES, q.device)
-    if bias is not None and (
+    if (
         bias.ndim != 4
         or bias.shape[:2] != (batch, heads)
         or bias.shape[2] < rows

@@ -28,6 +28,7 @@ def varlen_attention(
     q_offsets: torch.Tensor | None,
     spans: torch.Tensor | None,
     bias: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
     sinks: torch.Tensor | None,
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
@@ -61,6 +62,10 @@ def varlen_attention(
         offset = offsets[b] if offsets is not None else length - rows
         left, right = window_left, window_right
         bias_b = None if bias is None else bias[b, :, :rows, :length]
+        if alibi_slopes is not None:
+            distance = torch.arange(length) - torch.arange(offset, offset + rows).unsqueeze(-1)
+            alibi = alibi_slopes.view(-1, 1, 1) * -distance.abs()
+            bias_b = alibi if bias_b is None else bias_b + alibi
         if spans is not None and bool((spans[first:last, 0] < spans[first:last, 1]).any()):
             # All that such a request's rows do not see becomes a bias.
             seen = _seen_with_spans(spans[first:last], length, offset, left, right)

@@ -144,6 +144,8 @@ def test_the_kernels_that_run() -> None:
         assert launched(batch) == {f"{own} prefill", f"{own} decode"}
         assert launched(batch, softcap=20.0) == {f"{own} prefill", f"{own} decode"}
         assert launched(batch, spans=spans) == {"portable prefill", "portable decode"}
+        slopes = torch.ones(8, device=CUDA)
+        assert launched(batch, alibi_slopes=slopes) == {"portable prefill", f"{own} decode"}
     batch = Batch(lengths, 2, 4, 64, fp8=True)
     assert launched(batch) == {f"{own} prefill", f"{own} decode"}
     assert launched(batch, softcap=20.0) == {"portable prefill", f"{own} decode"}
