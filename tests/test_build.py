@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import os
 import re
+import resource
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -277,7 +277,8 @@ def test_nvcc_from_pip(tmp_path: Path) -> None:
     assert (tmp_path / "out" / build.LIBRARY).exists()
 
 
-BY_HAND = [sys.executable, "-m", "sparsek_vllm.build"]
+# For one of two architectures: the other's library is that of the tests above.
+BY_HAND = [sys.executable, "-m", "sparsek_vllm.build", "--arch", "100"]
 
 
 @pytest.fixture(scope="module")
@@ -292,19 +293,25 @@ def by_hand(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[
     return folder, [process.communicate() for process in processes]
 
 
+def cpu_seconds() -> float:
+    """Of processes that have ended: others on the machine have no say."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_two_processes_compile_once(by_hand: tuple[Path, list[tuple[str, str]]]) -> None:
     folder, results = by_hand
     assert results[0][0] == results[1][0]
     compiled = sum(errors.count("compiling CUDA kernels") for _, errors in results)
-    assert compiled == len(build.ARCHS)
-    started = time.perf_counter()
+    assert compiled == 1
+    before = cpu_seconds()
     environment = {**os.environ, "BSK_BUILD_DIR": str(folder)}
     again = subprocess.run(BY_HAND, env=environment, capture_output=True, text=True)
     assert again.stdout == results[0][0] and again.stderr == ""
-    assert time.perf_counter() - started < 5
+    assert cpu_seconds() - before < 5
     left = {path.name for path in folder.iterdir()}
     keys = {Path(line).parent.name for line in again.stdout.splitlines()}
-    assert len(keys) == len(build.ARCHS) and left == keys | {f"{key}.lock" for key in keys}
+    assert len(keys) == 1 and left == keys | {f"{key}.lock" for key in keys}
 
 
 def test_the_first_use_finds_what_was_compiled_by_hand(
@@ -313,14 +320,14 @@ def test_the_first_use_finds_what_was_compiled_by_hand(
     folder, _ = by_hand
     environment = {**os.environ, "BSK_BUILD_DIR": str(folder), "BSK_AUTO_DETECT": "0"}
     code = "from sparsek_vllm.core import kernels; print(kernels.describe())"
-    for arch in ("90a", "100"):
+    for arch, expected in (("100", f"compiled ({folder}"), ("90a", "compiled at first use by")):
         done = subprocess.run(
             [sys.executable, "-c", code],
             env={**environment, "BSK_CUDA_ARCH": arch},
             capture_output=True,
             text=True,
         )
-        assert done.stdout.startswith(f"compiled ({folder}"), done.stdout + done.stderr
+        assert done.stdout.startswith(expected), done.stdout + done.stderr
 
 
 def test_key_changes_with_what_is_compiled(monkeypatch: Any) -> None:
@@ -411,7 +418,7 @@ def test_what_serves_follows_the_configuration(monkeypatch: pytest.MonkeyPatch) 
     try:
         for _ in range(2):
             assert kernels.serving(device, 64) == ("hopper", "auto", True)
-            assert kernels.serving(device, 80) == ("portable", "auto", True)
+            assert kernels.serving(device, 320) == ("portable", "auto", True)
         assert loaded == ["auto", "auto"]
         config.kernels = "portable"  # in place
         assert kernels.serving(device, 64) == ("portable", "portable", False)
@@ -481,8 +488,8 @@ def refusal(**changes: Any) -> str:
     arguments = {
         "q": torch.zeros(4, 2, 64, dtype=half), "k": k, "v": k, "cu_seqlens_q": lengths,
         "seq_lens": lengths[1:], "block_table": torch.zeros(1, 2, dtype=torch.int32),
-        "k_starts": None, "q_offsets": None, "spans": None, "bias": None, "sinks": None,
-        "k_scale": None, "v_scale": None, "workspace": None, "hopper": True,
+        "k_starts": None, "q_offsets": None, "spans": None, "bias": None, "alibi_slopes": None,
+        "sinks": None, "k_scale": None, "v_scale": None, "workspace": None, "hopper": True,
         "batch_invariant": False, "min_seqlen_q": 0, "max_seqlen_q": 4, "max_seqlen_k": 4,
         "scale": 1.0, "window_left": -1, "window_right": 0, "softcap": 0.0, "out": k, "lse": None,
     } | changes  # fmt: skip
