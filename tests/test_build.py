@@ -213,6 +213,7 @@ def test_variants_compile_within_their_budget(tmp_path: Path) -> None:
         "sm90_prefill_half_128_softcap",
         "sm90_prefill_half_E4M3_128",
         "sm90_prefill_half_256",
+        "sm90_prefill_half_256_softcap",
         "sm90_decode_half_128",
         "sm90_decode_half_E4M3_128",
     ):
@@ -277,8 +278,7 @@ def test_nvcc_from_pip(tmp_path: Path) -> None:
     assert (tmp_path / "out" / build.LIBRARY).exists()
 
 
-# For one of two architectures: the other's library is that of the tests above.
-BY_HAND = [sys.executable, "-m", "sparsek_vllm.build", "--arch", "100"]
+BY_HAND = [sys.executable, "-m", "sparsek_vllm.build"]
 
 
 @pytest.fixture(scope="module")
@@ -303,15 +303,15 @@ def test_two_processes_compile_once(by_hand: tuple[Path, list[tuple[str, str]]])
     folder, results = by_hand
     assert results[0][0] == results[1][0]
     compiled = sum(errors.count("compiling CUDA kernels") for _, errors in results)
-    assert compiled == 1
+    assert compiled == len(build.ARCHS)
     before = cpu_seconds()
     environment = {**os.environ, "BSK_BUILD_DIR": str(folder)}
     again = subprocess.run(BY_HAND, env=environment, capture_output=True, text=True)
     assert again.stdout == results[0][0] and again.stderr == ""
-    assert cpu_seconds() - before < 5
+    assert cpu_seconds() - before < 3
     left = {path.name for path in folder.iterdir()}
     keys = {Path(line).parent.name for line in again.stdout.splitlines()}
-    assert len(keys) == 1 and left == keys | {f"{key}.lock" for key in keys}
+    assert len(keys) == len(build.ARCHS) and left == keys | {f"{key}.lock" for key in keys}
 
 
 def test_the_first_use_finds_what_was_compiled_by_hand(
@@ -320,14 +320,14 @@ def test_the_first_use_finds_what_was_compiled_by_hand(
     folder, _ = by_hand
     environment = {**os.environ, "BSK_BUILD_DIR": str(folder), "BSK_AUTO_DETECT": "0"}
     code = "from sparsek_vllm.core import kernels; print(kernels.describe())"
-    for arch, expected in (("100", f"compiled ({folder}"), ("90a", "compiled at first use by")):
+    for arch in ("90a", "100"):
         done = subprocess.run(
             [sys.executable, "-c", code],
             env={**environment, "BSK_CUDA_ARCH": arch},
             capture_output=True,
             text=True,
         )
-        assert done.stdout.startswith(expected), done.stdout + done.stderr
+        assert done.stdout.startswith(f"compiled ({folder}"), done.stdout + done.stderr
 
 
 def test_key_changes_with_what_is_compiled(monkeypatch: Any) -> None:

@@ -81,6 +81,7 @@ def check(interleave: int, softcap: float, sinks: bool, batch: str, rank: int) -
 def check_refusals() -> None:
     for settings, reason in (
         ({"sliding_window": 8}, "a sliding window"),
+        ({"alibi_slopes": [0.5] * 4}, "ALiBi"),
         ({"head_dim": 80}, "head_size 80 (no power of two)"),
         ({"kv_sharing_target_layer_name": "first"}, "layers that share keys"),
         ({"attn_type": "encoder_decoder"}, "attention type encoder_decoder"),

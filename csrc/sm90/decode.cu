@@ -37,6 +37,7 @@ struct Shape {
   static constexpr int kGroupKeys = 16 * kKeyTiles, kUnitKeys = kWarpsOfGroup * kGroupKeys;
   static constexpr int kRowBytes = sizeof(KV) * kHeadDim;  // of a key
   static constexpr int kChunkOfRow = kRowBytes < kChunkBytes ? kRowBytes : kChunkBytes;
+  static constexpr int kChunkElements = kChunkOfRow / sizeof(KV);
   static constexpr int kUnitBytes = 2 * kRowBytes * kUnitKeys;  // and values
   static constexpr int kStages = kRingBytes / kUnitBytes;
   // A group that is ahead would take the stage of another for its own, one round later.
@@ -70,7 +71,7 @@ struct DecodeParams {
 };
 
 // Brings every second unit of the block's share, for the producer of that number.
-template <typename KV, typename S, typename Share>
+template <typename S, typename Share>
 __device__ void produce(const DecodeParams& d, Share& share, int number, char* ring, uint64_t* full,
                         uint64_t* empty) {
   const AttentionParams& p = d.attention;
@@ -109,7 +110,7 @@ __device__ void produce(const DecodeParams& d, Share& share, int number, char* r
           char* k = ring + stage * S::kUnitBytes + lane * 2 * box_bytes;
 #pragma unroll 1
           for (int i = 0; i < d.copies; ++i, k += S::kChunkOfRow << d.box_keys_log2) {
-            const int element = i * (S::kChunkOfRow / static_cast<int>(sizeof(KV)));
+            const int element = i * S::kChunkElements;
             tensor_copy(k, &d.k, &full[stage], element, token, 0, segment.kv_head, block);
             if (!d.joined)
               tensor_copy(k + box_bytes, &d.v, &full[stage], element, token, 0, segment.kv_head,
@@ -178,7 +179,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   OwnShare<S> share(p, shared.scratch);
   if (share.empty()) return;
   if (warp >= kWarps)
-    return produce<KV, S>(d, share, warp - kWarps, shared.ring, shared.full, shared.empty);
+    return produce<S>(d, share, warp - kWarps, shared.ring, shared.full, shared.empty);
 
   const int warp_of_group = warp % kWarpsOfGroup, group = warp / kWarpsOfGroup;
   // Where this lane's row of a matrix lies in a warp's keys: boxes of 16 or more keys, each one
@@ -527,9 +528,8 @@ cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
       p.v.stride_head == p.k.stride_head;
   const int row_bytes = d.joined ? 2 * S::kRowBytes : S::kRowBytes;
   const auto map = [&](CUtensorMap* to, const KVTensor& tensor) {
-    constexpr int kElements = S::kChunkOfRow / sizeof(KV);
     return whole ? make_row_map<KV>(to, tensor, p.kv_heads, row_bytes, d.box_keys)
-                 : make_chunk_map<KV>(to, tensor, p, kElements, d.box_keys);
+                 : make_chunk_map<KV>(to, tensor, p, S::kChunkElements, d.box_keys);
   };
   cudaError_t error = map(&d.k, p.k);
   if (error == cudaSuccess && !d.joined) error = map(&d.v, p.v);

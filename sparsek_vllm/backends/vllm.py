@@ -182,7 +182,7 @@ class SparseKBackend(AttentionBackend):
             reasons.append(
                 f"kv_cache_dtype {cache} not supported with dtype {model} (allowed: auto, {model})"
             )
-        head_size, fp8 = given["head_size"], str(cache).startswith("fp8")
+        head_size, fp8 = given["head_size"], cache in _FP8_DTYPES
         if fp8 and has_cuda_kernel(head_size) and not (on_cpu or has_cuda_kernel(head_size, fp8)):
             reasons.append(
                 f"head_size {head_size} not supported with kv_cache_dtype {cache} "
