@@ -308,7 +308,7 @@ def test_two_processes_compile_once(by_hand: tuple[Path, list[tuple[str, str]]])
     environment = {**os.environ, "BSK_BUILD_DIR": str(folder)}
     again = subprocess.run(BY_HAND, env=environment, capture_output=True, text=True)
     assert again.stdout == results[0][0] and again.stderr == ""
-    assert cpu_seconds() - before < 3
+    assert cpu_seconds() - before < 4
     left = {path.name for path in folder.iterdir()}
     keys = {Path(line).parent.name for line in again.stdout.splitlines()}
     assert len(keys) == len(build.ARCHS) and left == keys | {f"{key}.lock" for key in keys}
