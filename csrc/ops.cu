@@ -227,7 +227,8 @@ struct LaunchHopper {
 
 // Which requests are decode's. It splits long keys, which the portable prefill does not; on Hopper
 // it reads them once for every most_decode_rows() rows, and prefill once for many more.
-void share_out_requests(AttentionParams& p, bool hopper_prefill, int64_t most_rows) {
+void share_out_requests(AttentionParams& p, bool hopper_prefill, bool hopper_decode,
+                        int64_t most_rows) {
   p.long_keys = 32 * 1024;
   if (p.batch_invariant) {
     p.decode_rows = p.long_decode_rows = 0;
@@ -238,7 +239,8 @@ void share_out_requests(AttentionParams& p, bool hopper_prefill, int64_t most_ro
     p.decode_rows = p.long_decode_rows = 4 * portable::kDecodeRows;
   } else {
 #ifdef SPARSEK_SM90
-    const int unit_rows = sm90::most_decode_rows(p.head_dim, p.softcap > 0);
+    const int unit_rows =
+        hopper_decode ? sm90::most_decode_rows(p.head_dim, p.softcap > 0) : portable::kDecodeRows;
     const int64_t tiles = (most_rows + unit_rows - 1) / unit_rows * p.batch * p.kv_heads;
     // Decode also takes more rows where there are few of these tiles, though it reads keys for
     // each: adding up what prefill splits takes as long as some thousand keys. (Where there are
@@ -277,14 +279,16 @@ void run_attention(AttentionParams& p, const Tensor& q, bool fp8, const Optional
            sm90::has_tensor_map(p.k, p.kv_heads) && sm90::has_tensor_map(p.v, p.kv_heads);
   const bool hopper_prefill =
       hopper && !p.bias && !p.alibi_slopes && sm90::has_prefill(p.head_dim, fp8, p.softcap > 0);
+  const bool hopper_decode = hopper && sm90::has_decode(p.head_dim, fp8);
 #else
-  const bool hopper_prefill = hopper = false;
+  const bool hopper_prefill = false, hopper_decode = false;
 #endif
-  share_out_requests(p, hopper_prefill, most_rows);
+  share_out_requests(p, hopper_prefill, hopper_decode, most_rows);
   const bool with_prefill = most_rows > p.decode_rows;
   const bool with_decode = !p.batch_invariant && min_seqlen_q * p.group <= p.long_decode_rows;
 
-  if (hopper_prefill && with_prefill && with_decode) p.keys_a_pair = kKeysAPair * (fp8 ? 2 : 1);
+  const bool both = with_prefill && with_decode;
+  if (hopper_prefill && hopper_decode && both) p.keys_a_pair = kKeysAPair * (fp8 ? 2 : 1);
 
   const int64_t arrivals = int64_t{p.multiprocessors} * (kWorkspaceCounters + kDecodeCounters);
   const int64_t floats =
@@ -300,14 +304,16 @@ void run_attention(AttentionParams& p, const Tensor& q, bool fp8, const Optional
   const auto type = q.scalar_type();
   const cudaStream_t stream = device.stream();
 #ifdef SPARSEK_SM90
-  if (hopper)
+  if (hopper_prefill || hopper_decode)
     for_types_and_size<HopperHeadDims>(
-        type, fp8, head_dim, LaunchHopper{p, hopper_prefill && with_prefill, with_decode, stream});
-#endif
-  if (!hopper || (with_prefill && !hopper_prefill))
-    for_types_and_size<HeadDims>(
         type, fp8, head_dim,
-        LaunchPortable{p, with_prefill && !hopper_prefill, with_decode && !hopper, stream});
+        LaunchHopper{p, with_prefill && hopper_prefill, with_decode && hopper_decode, stream});
+#endif
+  const bool portable_prefill = with_prefill && !hopper_prefill;
+  const bool portable_decode = with_decode && !hopper_decode;
+  if (portable_prefill || portable_decode)
+    for_types_and_size<HeadDims>(type, fp8, head_dim,
+                                 LaunchPortable{p, portable_prefill, portable_decode, stream});
 }
 
 void varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,

@@ -26,7 +26,7 @@ from sparsek_vllm.demo_model import cache_root
 
 HERE = Path(__file__).resolve().parent / "emulator"
 NAMESPACE = "sparsek_emulated"
-MULTIPROCESSORS = 5
+MULTIPROCESSORS, CLUSTER = 5, 2
 HEAD_DIMS = (32, 64, 80, 128, 256, 512)  # as many as there are ways to lay out a row
 
 
@@ -56,7 +56,7 @@ def _compile(folder: Path) -> Path:
     flags += ["-x", "c++", "-include", "common/ptx.cuh"]
     flags += [f"-I{sources}", f"-I{include}", f"-I{tools.torch}/include", "-DUSE_CUDA"]
     flags += [f"-DTORCH_TARGET_VERSION={build.TORCH_TARGET}", f"-DSPARSEK_NAMESPACE={NAMESPACE}"]
-    flags += [f"-DEMULATED_MULTIPROCESSORS={MULTIPROCESSORS}"]
+    flags += [f"-DEMULATED_MULTIPROCESSORS={MULTIPROCESSORS}", f"-DSPARSEK_CLUSTER={CLUSTER}"]
     flags += [f"-DSPARSEK_HEAD_DIMS={','.join(map(str, HEAD_DIMS))}"]
 
     def run(part: build.Object) -> str:

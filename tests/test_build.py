@@ -38,9 +38,9 @@ DECODE_REGISTERS = 168
 PREFILL_REGISTERS = {1: 232, 2: 168, 3: 128, 4: 96}
 # Dtype, fp8 or not, head_dim; two tiles of rows or one (at 256 one), wide, general.
 HOPPER_DECODE = 2 * 2 * (4 + 4 + 3)
-# Dtype, head_dim; one warpgroup, two, and at 64 four, at 128 three, but not with fp8, nor at 64
-# with softcap; without softcap and, but for fp8, with it. At 256 there is none with fp8.
-HOPPER_PREFILL = 2 * ((3 + 2 + 2) + (2 * 3 + 2) + 2 * 2)
+# Dtype, head_dim; without softcap, with it, and over fp8: one warpgroup, two, and the most, which
+# is four at 64, but three over fp8, and three at 128.
+HOPPER_PREFILL = 2 * ((3 + 2 + 3) + (3 + 3 + 2) + (2 + 2 + 2))
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +99,19 @@ def prefill_groups(name: str) -> int:
     return int(name.split("EEEv")[0][-1])
 
 
+def prefill_keys(name: str) -> int:
+    """Of a tile."""
+    long, fp8 = "Li256E" in name, "E4M3" in name
+    return 64 if prefill_groups(name) > 2 or (long and fp8) else 80 if long else 128
+
+
+def prefill_products(name: str) -> list[str]:
+    """Scores, then values: at head size 256 over fp8 half of the columns at a time."""
+    head_dim, fp8 = int(re.search(r"Li(64|128|256)E", name)[1]), "E4M3" in name
+    scores = f"QGMMA.64x{prefill_keys(name)}x32" if fp8 else f"HGMMA.64x{prefill_keys(name)}x16"
+    return [scores, f"HGMMA.64x{min(head_dim, 128) if fp8 else head_dim}x16"]
+
+
 @pytest.mark.parametrize(
     ("kernel", "count", "wanted"),
     [
@@ -122,9 +135,7 @@ def test_hopper_kernels_use_what_hopper_has(
             assert instruction in function, (name, instruction)
         assert not re.search(r"\b(LDL|STL)\b", function), name
         if kernel == "prefill":
-            shapes = "64x80x16 64x256x16" if "Li256E" in name else "64x128x16"
-            shapes = "64x64x16" if prefill_groups(name) > 2 else shapes
-            assert all(f"HGMMA.{shape}" in function for shape in shapes.split()), name
+            assert all(product in function for product in prefill_products(name)), name
     usage = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", dump(library, "-res-usage"))
     for name, registers, stack in usage:
         if name in found:
@@ -141,8 +152,7 @@ def test_exponentials_run_under_the_product(library: Path) -> None:
     for name, code in found.items():
         if "sm90" in name:
             between = code.split("WARPGROUP.DEPBAR.LE gsb0, 0x1")[1].split("WARPGROUP.DEPBAR")[0]
-            keys = 64 if prefill_groups(name) > 2 else 80 if "Li256E" in name else 128
-            assert between.count("MUFU.EX2") >= keys // 2, name
+            assert between.count("MUFU.EX2") >= prefill_keys(name) // 2, name
             checked += 1
     assert checked == HOPPER_PREFILL
 
@@ -171,6 +181,7 @@ def compile_command(name: str, variant: build.Variant, output: Path) -> list[str
         ("E4M3_128", build.DEFAULT),
         ("256", build.DEFAULT),
         ("256_softcap", build.DEFAULT),
+        ("E4M3_256", build.DEFAULT),
     ],
     ids=str,
 )
@@ -214,6 +225,7 @@ def test_variants_compile_within_their_budget(tmp_path: Path) -> None:
         "sm90_prefill_half_E4M3_128",
         "sm90_prefill_half_256",
         "sm90_prefill_half_256_softcap",
+        "sm90_prefill_half_E4M3_256",
         "sm90_decode_half_128",
         "sm90_decode_half_E4M3_128",
     ):

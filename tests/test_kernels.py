@@ -12,13 +12,12 @@ import random
 import pytest
 import torch
 from batches import Batch
-from target import DEVICE
+from target import DEVICE, HOPPER
 
 from sparsek_vllm import build
 from sparsek_vllm.core import (
     DenseKV,
     PagedKV,
-    get_default_config,
     kernels,
     varlen_attention,
     write_kv,
@@ -33,7 +32,6 @@ PAGES = [(16, "hnd"), (48, "nhd"), (128, "hnd")]
 if ON_GPU:
     PAGES = [(block, layout) for block in (16, 32, 48, 64, 128) for layout in ("nhd", "hnd")]
 KINDS += [(torch.bfloat16, 64), (torch.float16, 128), (torch.bfloat16, 256)] if ON_GPU else []
-HOPPER = kernels.wants_hopper(get_default_config())
 LONG_KINDS = KINDS + [(torch.float16, 256)] * (ON_GPU or HOPPER)
 HEAD_DIMS = build.HOPPER_HEAD_DIMS if ON_GPU else (64, 128)
 
@@ -115,7 +113,7 @@ def test_few_queries_on_long_keys(
             options = {"sinks": torch.randn(heads * group, device=DEVICE)}
         Batch(lengths, heads, group, head_dim, dtype, 48, "hnd", fp8=fp8).check(**options)
         # Were they shared? The portable prefill, which has more than 64 rows, leaves no parts.
-        own = HOPPER and not (fp8 and (head_dim == 256 or "softcap" in options))
+        own = HOPPER and not (fp8 and "softcap" in options)
         if len(lengths) == 1 and (own or lengths[0][0] > 64):
             assert parts.isnan().all() != own
 
@@ -313,16 +311,18 @@ def test_maxima_that_grow(first: float, last: float, head_dim: int, fp8: bool) -
     """From tile to tile, by far more than what the kernels let pass without looking for maxima: up
     to weights that would be infinite. And all scores far below 0."""
     lengths = [(1, 500), (40, 500), (300, 500), (64, 127), (128, 255), (200, 200)]
-    batch = Batch(lengths, 2, 2, head_dim, torch.float16, fp8=fp8)
+    # Over fp8 keys Hopper's prefill rounds queries of fp16.
+    batch = Batch(lengths, 2, 2, head_dim, torch.bfloat16 if fp8 else torch.float16, fp8=fp8)
     batch.q = batch.q.abs()
     if fp8:  # which ends at 448
         batch.kv = dataclasses.replace(batch.kv, k_scale=torch.ones(2, device=DEVICE))
     for b, k in enumerate(batch.k):
         size = torch.linspace(first, last, len(k), device=DEVICE)[:, None, None]
-        batch.k[b] = (k.abs() * size).half()
-    batch.v = [v.half() for v in batch.v]
+        batch.k[b] = (k.abs() * size).to(batch.dtype)
+    batch.v = [v.to(batch.dtype) for v in batch.v]
     batch.write()
-    batch.check()
+    # Scores are in the hundreds: what tensor cores lose of them over fp8 is much in a power of e.
+    batch.check(tolerance=0.5 if fp8 and ON_GPU and HOPPER and max(abs(first), last) > 4 else None)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

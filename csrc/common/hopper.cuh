@@ -42,6 +42,53 @@ __device__ inline void mbarrier_wait(uint64_t* barrier, int parity) {
       "r"(parity)
       : "memory");
 }
+// The same where other thread blocks of the cluster have written.
+__device__ inline void mbarrier_wait_cluster(uint64_t* barrier, int parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred complete;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 complete, [%0], %1;\n"
+      "@complete bra done;\n"
+      "bra again;\n"
+      "done:\n"
+      "}\n" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+// The threads of a cluster's blocks meet, in two steps; those that have ended are not waited for.
+__device__ inline void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\n" ::: "memory");
+}
+__device__ inline void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;\n" ::: "memory");
+}
+// Writes where block `rank` of the cluster has `to`, in shared memory, at some time; the bytes
+// count towards the phase of its `barrier`.
+__device__ inline void store_async(int rank, float4* to, float4 x, uint64_t* barrier) {
+  asm volatile(
+      "{\n"
+      ".reg .u32 to, barrier;\n"
+      "mapa.shared::cluster.u32 to, %0, %2;\n"
+      "mapa.shared::cluster.u32 barrier, %1, %2;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [to], {%3, %4, %5, %6}, "
+      "[barrier];\n"
+      "}\n" ::"r"(shared_address(to)),
+      "r"(shared_address(barrier)), "r"(rank), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
+      : "memory");
+}
+__device__ inline void store_async(int rank, float2* to, float2 x, uint64_t* barrier) {
+  asm volatile(
+      "{\n"
+      ".reg .u32 to, barrier;\n"
+      "mapa.shared::cluster.u32 to, %0, %2;\n"
+      "mapa.shared::cluster.u32 barrier, %1, %2;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [to], {%3, %4}, "
+      "[barrier];\n"
+      "}\n" ::"r"(shared_address(to)),
+      "r"(shared_address(barrier)), "r"(rank), "f"(x.x), "f"(x.y)
+      : "memory");
+}
 // A kernel that was launched to overlap with the one before it: returns once that one has ended
 // and its writes are seen.
 __device__ inline void wait_for_previous_kernel() {
@@ -60,23 +107,48 @@ template <typename Parameters>
 struct Launch {
   void (*kernel)(Parameters);
   int blocks, threads, shared_bytes;
+  int cluster = 1;  // blocks of one
 };
 
 // Launches a kernel, to overlap with the end of the one before it.
 template <typename Parameters>
 cudaError_t launch_overlapping(const Launch<Parameters>& launch, const Parameters& parameters,
                                cudaStream_t stream, bool overlapping = true) {
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config{};
   config.gridDim = launch.blocks;
   config.blockDim = launch.threads;
   config.dynamicSmemBytes = launch.shared_bytes;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = overlapping;
+  config.attrs = attributes;
+  if (overlapping) {
+    auto& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (launch.cluster > 1) {
+    auto& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(launch.cluster), 1, 1};
+  }
   return cudaLaunchKernelEx(&config, launch.kernel, parameters);
+}
+
+// Clusters of so many blocks that run at the same time on this device; 0 if that is not known.
+template <typename Parameters>
+int most_clusters(const Launch<Parameters>& launch) {
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(launch.cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = launch.cluster;
+  config.blockDim = launch.threads;
+  config.dynamicSmemBytes = launch.shared_bytes;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  int clusters = 0;
+  return cudaOccupancyMaxActiveClusters(&clusters, launch.kernel, &config) == cudaSuccess ? clusters
+                                                                                          : 0;
 }
 
 // Copies the box at these coordinates (innermost first) to shared memory; its bytes count towards

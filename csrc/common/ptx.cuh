@@ -65,11 +65,17 @@ __device__ inline uint32_t transpose_matrix(uint32_t x) {
   return x;
 }
 
-// d += a * b with a 16x16, b 16x8, d 16x8. Lane l holds of d the rows l / 4 (d[0], d[1]) and
-// l / 4 + 8 (d[2], d[3]) at columns 2 * (l % 4) and the next.
+// d += a * b with a 16x16, b 16x8, d 16x8; of E4M3, the one type of a byte, a 16x32 and b 32x8.
+// Lane l holds of d the rows l / 4 (d[0], d[1]) and l / 4 + 8 (d[2], d[3]) at columns 2 * (l % 4)
+// and the next.
 template <typename T>
 __device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  if constexpr (std::is_same_v<T, __half>) {
+  if constexpr (sizeof(T) == 1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else if constexpr (std::is_same_v<T, __half>) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
         "{%8, %9}, {%0, %1, %2, %3};\n"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
@@ -126,6 +132,17 @@ __device__ inline uint32_t pack(float low, float high) {
   } else {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
     return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+}
+
+// And back.
+template <typename T>
+__device__ inline void to_floats(uint32_t pair, float& low, float& high) {
+  if constexpr (std::is_same_v<T, __half>) {
+    const float2 floats = __half22float2(*reinterpret_cast<const __half2*>(&pair));
+    low = floats.x, high = floats.y;
+  } else {
+    low = __uint_as_float(pair << 16), high = __uint_as_float(pair & 0xffff0000u);
   }
 }
 

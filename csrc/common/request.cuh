@@ -110,8 +110,8 @@ struct Request {
 
 // The sum over this thread and those before it. All threads of the block come here.
 template <int kThreads>
-__device__ inline int inclusive_sum(int own, int (&warp_sums)[kThreads / 32]) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+__device__ inline int inclusive_sum(int thread, int own, int (&warp_sums)[kThreads / 32]) {
+  const int warp = thread / 32, lane = thread % 32;
   int sum = own;
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
@@ -209,29 +209,24 @@ __device__ inline float scale_of(const float* scales, int stride, int kv_head) {
   return scales ? scales[kv_head * stride] : 1.0f;
 }
 
-// The power of two that brings the largest of a row's bf16 numbers close to the end of the range of
-// fp16, so that small ones keep their precision. From the bits of that largest one as a float.
+// The power of two that brings the largest of a row's numbers to 2^kExponent or above it, by less
+// than twice: close to the end of a format's range, so that small ones keep their precision. From
+// the bits of that largest one.
+template <int kExponent>
 struct PowerOfTwo {
   float up, down;
 
   __device__ explicit PowerOfTwo(int largest) {
     const int exponent = max(largest >> 23, 30);  // of 2^-97: both factors are normal numbers
-    up = __int_as_float((2 * 127 + 14 - exponent) << 23);
-    down = __int_as_float((exponent - 14) << 23);
+    up = __int_as_float((2 * 127 + kExponent - exponent) << 23);
+    down = __int_as_float((exponent - kExponent) << 23);
   }
 };
-// The larger of a row's largest so far and two more bf16 numbers, as the bits of its absolute
-// value. Infinities and NaN stay what they are whatever the factor, and must not set that of
-// others.
-__device__ inline int largest_of(int largest, uint32_t pair) {
-  const int low = static_cast<int>(pair << 16 & 0x7fffffff);
-  const int high = static_cast<int>(pair & 0x7fff0000);
-  constexpr int kInfinity = 0x7f800000;
-  return max(largest, max(low < kInfinity ? low : 0, high < kInfinity ? high : 0));
-}
-__device__ inline uint32_t to_half(uint32_t pair, float factor) {
-  return pack<__half>(__int_as_float(static_cast<int>(pair << 16)) * factor,
-                      __int_as_float(static_cast<int>(pair & 0xffff0000)) * factor);
+// The larger of a row's largest so far and one more, as the bits of its absolute value. Infinities
+// and NaN stay what they are whatever the factor, and must not set that of others.
+__device__ inline int largest_of(int largest, float x) {
+  const int bits = __float_as_int(x) & 0x7fffffff;
+  return max(largest, bits < 0x7f800000 ? bits : 0);
 }
 
 // Queries beside fp8 keys as fp16: bf16 ones by one factor for all that the warp has, and others
@@ -243,13 +238,21 @@ __device__ inline float fit_queries(uint32_t (&pairs)[kCount], const Across& acr
   } else {
     int largest = 0;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) largest = largest_of(largest, pairs[i]);
+    for (int i = 0; i < kCount; ++i) {
+      float low, high;
+      to_floats<T>(pairs[i], low, high);
+      largest = largest_of(largest_of(largest, low), high);
+    }
 #pragma unroll
     for (int step = 1; step < 32; step *= 2)
       largest = max(largest, __shfl_xor_sync(~0u, largest, step));
-    const PowerOfTwo power(across(largest));
+    const PowerOfTwo<14> power(across(largest));  // fp16 ends at 2^16
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) pairs[i] = to_half(pairs[i], power.up);
+    for (int i = 0; i < kCount; ++i) {
+      float low, high;
+      to_floats<T>(pairs[i], low, high);
+      pairs[i] = pack<__half>(low * power.up, high * power.up);
+    }
     return power.down;
   }
 }

@@ -22,17 +22,23 @@ namespace sparsek {
 // begins late would end long after decode.
 constexpr float kSpare = 8;
 
+// The keys of a request that is alone are split evenly, if so, among as many thread blocks for each
+// KV head and tile of rows, and no more of them than have keys. Units without keys fill up the last
+// share. A block then has one segment. If a cluster can have them, and they are few, its blocks
+// have those of a KV head and tile of rows.
+enum class Alone { kAsOthers, kEvenly, kInClusters };
+
+// Of other blocks' parts a thread block adds up so many rows in the time that a unit takes.
+constexpr float kRowsAddedAUnit = 100;
+
 // Units of one request, and how they are laid out: KV heads outermost, then tiles of rows, then
 // keys. The first unit begins at a multiple of kAlignment.
-//
-// kEven: the keys of a request that is alone are split evenly, among as many thread blocks for each
-// KV head and tile of rows, and no more of them than have keys. Units without keys fill up the last
-// share. A block then has one segment.
-template <int kRows, int kUnitKeys, int kAlignment, bool kEven, bool kSpans>
+template <int kRows, int kUnitKeys, int kAlignment, Alone kAlone, bool kSpans>
 struct RequestUnits {
   int row_tiles, key_units, keys_begin;
   int total;      // 2^31 units would be 2^37 tokens of a KV head
   int share = 0;  // of a block, if the request is alone
+  bool in_cluster = false;
 
   __device__ RequestUnits(const AttentionParams& p, const Request& request) {
     row_tiles = (request.rows + kRows - 1) / kRows;
@@ -41,10 +47,16 @@ struct RequestUnits {
     keys_begin = keys.begin & ~(kAlignment - 1);
     // Rows that see no key have a unit too: somebody must write their zeros.
     key_units = max(1, (keys.end - keys_begin + kUnitKeys - 1) / kUnitKeys);
-    if (kEven && p.batch == 1 && row_tiles > 0) {
-      const int blocks = max(1, static_cast<int>(gridDim.x) / (row_tiles * p.kv_heads));
+    if (kAlone != Alone::kAsOthers && p.batch == 1 && row_tiles > 0) {
+      in_cluster =
+          kAlone == Alone::kInClusters && key_units > 1 && key_units <= p.cluster * p.cluster_units;
+      const int all = static_cast<int>(gridDim.x) / (row_tiles * p.kv_heads);
+      // More parts are more to add up: fewest are units of a block and rows to add together.
+      const float rows_a_unit = kRowsAddedAUnit / static_cast<float>(min(kRows, request.rows));
+      const int most = static_cast<int>(sqrtf(static_cast<float>(key_units) * rows_a_unit)) + 1;
+      const int blocks = in_cluster ? p.cluster : max(1, min(all, most));
       const int each = (key_units + blocks - 1) / blocks;
-      key_units = (key_units + each - 1) / each * each;
+      key_units = in_cluster ? each * blocks : (key_units + each - 1) / each * each;
       if (blocks > 1) share = each;
     }
     total = row_tiles * key_units * p.kv_heads;
@@ -61,9 +73,9 @@ struct Segment {
 
 // A thread block's share of the units, taken segment by segment. All threads of the block make
 // one, together; they do not always meet there.
-template <int kThreads, int kRows, int kUnitKeys, int kAlignment, bool kEven, bool kSpans>
+template <int kThreads, int kRows, int kUnitKeys, int kAlignment, Alone kAlone, bool kSpans>
 class Share {
-  using Units = RequestUnits<kRows, kUnitKeys, kAlignment, kEven, kSpans>;
+  using Units = RequestUnits<kRows, kUnitKeys, kAlignment, kAlone, kSpans>;
 
  public:
   struct Scratch {  // in shared memory
@@ -73,10 +85,11 @@ class Share {
 
   __device__ Share(const AttentionParams& p, Scratch& scratch) {
     const int thread = threadIdx.x;
-    if (kEven && p.batch == 1) {
+    if (kAlone != Alone::kAsOthers && p.batch == 1) {
       const Units units(p, Request(p, 0));
       const int blocks = static_cast<int>(gridDim.x);
       size = units.share > 0 ? units.share : (units.total + blocks - 1) / blocks;
+      in_cluster = units.in_cluster;
       take(units.total, static_cast<int>(blockIdx.x));
       request_ = before_ = 0;
       return;
@@ -98,7 +111,7 @@ class Share {
       for (int step = 16; step > 0; step /= 2) pairs += __shfl_xor_sync(~0u, pairs, step);
       if (thread % 32 == 0) scratch.warp_pairs[thread / 32] = pairs;
     }
-    const int inclusive = inclusive_sum<kThreads>(own, scratch.warp_sums);
+    const int inclusive = inclusive_sum<kThreads>(thread, own, scratch.warp_sums);
     int total = 0;
 #pragma unroll
     for (int w = 0; w < kThreads / 32; ++w) total += scratch.warp_sums[w];
@@ -168,6 +181,7 @@ class Share {
 
   int size;   // units a thread block
   int block;  // of those that have a share
+  bool in_cluster = false;
 
  private:
   __device__ void take(int total, int own) {

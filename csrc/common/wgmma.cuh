@@ -7,14 +7,16 @@
 
 namespace sparsek {
 
-// An operand in shared memory in rows of 128 bytes, swizzled: 8 rows are 1024 bytes. The rows run
-// along the inner dimension of the product (its step of 16 is 32 bytes), or, for a transposed
+// An operand in shared memory in rows of 128 bytes, or 64, swizzled: 8 rows lie together. The rows
+// run along the inner dimension of the product (a step is 32 bytes of it), or, for a transposed
 // second operand, each is one index of the inner dimension, and `chunk_bytes` lie between one 64
 // columns and the next.
+template <int kRowBytes = 128>
 __device__ inline uint64_t matrix_descriptor(uint32_t address, uint32_t chunk_bytes = 16) {
-  constexpr uint64_t kEightRows = 1024 >> 4, kSwizzle128 = uint64_t{1} << 62;
+  static_assert(kRowBytes == 128 || kRowBytes == 64);
+  constexpr uint64_t kEightRows = 8 * kRowBytes >> 4, kSwizzle = kRowBytes == 128 ? 1 : 2;
   return (address & 0x3ffff) >> 4 | uint64_t{chunk_bytes >> 4} << 16 | kEightRows << 32 |
-         kSwizzle128;
+         kSwizzle << 62;
 }
 
 // The same layout, so many bytes further on.
@@ -81,24 +83,33 @@ __device__ inline void take_registers() {
   SPARSEK_SUMS_64, SPARSEK_SUMS_8(64), SPARSEK_SUMS_8(72), SPARSEK_SUMS_8(80), SPARSEK_SUMS_8(88), \
       SPARSEK_SUMS_8(96), SPARSEK_SUMS_8(104), SPARSEK_SUMS_8(112), SPARSEK_SUMS_8(120)
 
-#define SPARSEK_SCORES(N, TYPE, COUNT, A, B, ACCUMULATE)                                 \
-  asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, " ACCUMULATE          \
-               ", 0;\n"                                                                  \
-               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE           \
-               " {" SPARSEK_LIST_##COUNT "}, " A ", " B ", accumulate, 1, 1, 0, 0;\n}\n" \
-               : SPARSEK_SUMS_##COUNT                                                    \
+#define SPARSEK_SCORES_OF(N, SHAPE_AND_TYPES, COUNT, A, B, ACCUMULATE, TRANSPOSED)              \
+  asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, " ACCUMULATE                 \
+               ", 0;\n"                                                                         \
+               "wgmma.mma_async.sync.aligned.m64n" #N SHAPE_AND_TYPES " {" SPARSEK_LIST_##COUNT \
+               "}, " A ", " B ", accumulate, 1, 1" TRANSPOSED ";\n}\n"                          \
+               : SPARSEK_SUMS_##COUNT                                                           \
                : "l"(a), "l"(b), "r"(accumulate))
-// d = a * b^T, or d += a * b^T: a is 64x16 and b Nx16, both in shared memory.
+#define SPARSEK_SCORES(N, TYPE, COUNT, ...) \
+  SPARSEK_SCORES_OF(N, "k16.f32." TYPE "." TYPE, COUNT, __VA_ARGS__, ", 0, 0")
+// Of E4M3, the one type of a byte.
+#define SPARSEK_FP8_SCORES(N, COUNT, ...) \
+  SPARSEK_SCORES_OF(N, "k32.f32.e4m3.e4m3", COUNT, __VA_ARGS__, "")
+// d = a * b^T, or d += a * b^T: a has 64 rows of 32 bytes and b N, both in shared memory.
 template <typename T>
 __device__ inline void wgmma_scores(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {
-  if constexpr (std::is_same_v<T, __half>)
+  if constexpr (sizeof(T) == 1)
+    SPARSEK_FP8_SCORES(128, 64, "%64", "%65", "%66");
+  else if constexpr (std::is_same_v<T, __half>)
     SPARSEK_SCORES(128, "f16", 64, "%64", "%65", "%66");
   else
     SPARSEK_SCORES(128, "bf16", 64, "%64", "%65", "%66");
 }
 template <typename T>
 __device__ inline void wgmma_scores(float (&d)[32], uint64_t a, uint64_t b, int accumulate) {
-  if constexpr (std::is_same_v<T, __half>)
+  if constexpr (sizeof(T) == 1)
+    SPARSEK_FP8_SCORES(64, 32, "%32", "%33", "%34");
+  else if constexpr (std::is_same_v<T, __half>)
     SPARSEK_SCORES(64, "f16", 32, "%32", "%33", "%34");
   else
     SPARSEK_SCORES(64, "bf16", 32, "%32", "%33", "%34");
@@ -139,6 +150,8 @@ __device__ inline void wgmma_values(float (&d)[32], const uint32_t (&a)[4], uint
     SPARSEK_VALUES(64, "bf16", 32, "%32, %33, %34, %35", "%36");
 }
 #undef SPARSEK_VALUES
+#undef SPARSEK_FP8_SCORES
 #undef SPARSEK_SCORES
+#undef SPARSEK_SCORES_OF
 
 }  // namespace sparsek

@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(Shape<kHeadDim>::kThreads, kDecodeBlocksPerMul
   const int thread = threadIdx.x, warp = thread / 32;
   const int group = warp / kParts, part = warp % kParts;
   int lane = thread % 32;
-  using OwnShare = Share<kThreads, kRows, kUnitKeys, kGroupKeys, false, kGeneral>;
+  using OwnShare = Share<kThreads, kRows, kUnitKeys, kGroupKeys, Alone::kAsOthers, kGeneral>;
   __shared__ typename OwnShare::Scratch scratch;
   OwnShare share(p, scratch);
   if (share.empty()) return;

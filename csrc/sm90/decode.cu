@@ -25,6 +25,11 @@ constexpr int kProducers = 2;  // warps: small boxes take one too long
 constexpr int kConsumers = 32 * kWarps, kThreads = kConsumers + 32 * kProducers;
 constexpr int kRingBytes = 128 * 1024;
 constexpr int kConsumerBarrier = 1;
+// Blocks of a cluster, and what one of them adds up at a time: what a warp writes at once.
+#ifndef SPARSEK_CLUSTER  // tests have fewer
+#define SPARSEK_CLUSTER 8
+#endif
+constexpr int kCluster = SPARSEK_CLUSTER, kPieceFloats = 32 * 4;
 
 // kWide: where one group's rows are too few the groups take other rows of the same units, in place
 // of other units of the same rows.
@@ -42,12 +47,15 @@ struct Shape {
   static constexpr int kStages = kRingBytes / kUnitBytes;
   // A group that is ahead would take the stage of another for its own, one round later.
   static_assert(kWide || kStages % kGroups == 0);
+  // Where there are registers for it.
+  static constexpr bool kClusters = kTiles == 1 && !kWide && kHeadDim <= 128;
 };
 // Rows of sums that warps leave each other: four floats more keep them in different banks.
 template <int kHeadDim>
 constexpr int kPitch = kHeadDim + 4;
 template <typename S>
-using OwnShare = Share<kThreads, S::kRows, S::kUnitKeys, S::kUnitKeys, true, false>;
+using OwnShare = Share<kThreads, S::kRows, S::kUnitKeys, S::kUnitKeys,
+                       S::kClusters ? Alone::kInClusters : Alone::kEvenly, false>;
 
 template <typename S, int kHeadDim>
 struct Shared {
@@ -60,6 +68,13 @@ struct Shared {
   Segment segments[kWarps];
   uint64_t full[S::kStages], empty[S::kStages];
   typename OwnShare<S>::Scratch scratch;
+  // Of all blocks of the cluster: pieces of their sums, of each row the maximum and the sum of
+  // weights.
+  static constexpr int kOwnPieces =
+      S::kClusters ? (kRows * kHeadDim / kPieceFloats + kCluster - 1) / kCluster : 1;
+  float4 pieces[kOwnPieces][kCluster][kPieceFloats / 4];
+  float2 states[kCluster][kRows];
+  uint64_t arrived;
 };
 
 struct DecodeParams {
@@ -150,6 +165,51 @@ __device__ inline void first_operand(uint32_t (&a)[4], const uint32_t (&loaded)[
   }
 }
 
+// The blocks of a cluster add up what each has of the same rows: a piece of the sums, which a warp
+// has of each block's, is one block's, into whose shared memory the others write theirs. Quicker
+// than through L2 by 2 us. Consumers' threads come here once; those that have a row with four
+// neighbours of its sum, its maximum and its sum of weights.
+template <typename S, int kHeadDim, typename F>
+__device__ void meet_in_cluster(Shared<S, kHeadDim>& shared, const F& finish, bool has_row,
+                                float peak, float sum, float4 value) {
+  constexpr int kRowOfPiece = kHeadDim < kPieceFloats ? kHeadDim : kPieceFloats;
+  const int thread = threadIdx.x, lane = thread % 32;
+  const int rank = static_cast<int>(blockIdx.x) % kCluster;
+  const int floats = finish.segment.rows * kHeadDim;
+  if (thread == 0) {
+    int bytes = 0;
+    for (int i = rank * kPieceFloats; i < floats; i += kCluster * kPieceFloats) {
+      const int own = min(kPieceFloats, floats - i);
+      bytes += kCluster * (own * 4 + own / kRowOfPiece * 8);
+    }
+    mbarrier_arrive_expect(&shared.arrived, bytes);
+  }
+  if (has_row) {
+    const int piece = thread / 32, owner = piece % kCluster, row = 4 * thread / kHeadDim;
+    store_async(owner, &shared.pieces[piece / kCluster][rank][lane], value, &shared.arrived);
+    if (4 * lane % kRowOfPiece == 0)
+      store_async(owner, &shared.states[rank][row], float2{peak, sum}, &shared.arrived);
+  }
+  // A warp for each piece of this block.
+  const int i = (thread / 32 * kCluster + rank) * kPieceFloats + 4 * lane;
+  if (i >= floats) return;
+  const int row = i / kHeadDim;
+  mbarrier_wait_cluster(&shared.arrived, 0);
+  peak = -INFINITY;
+#pragma unroll
+  for (int k = 0; k < kCluster; ++k) peak = fmaxf(peak, shared.states[k][row].x);
+  sum = 0;
+  value = float4{};
+#pragma unroll
+  for (int k = 0; k < kCluster; ++k) {
+    const float2 state = shared.states[k][row];
+    const float factor = finish.weight(state.x, peak);
+    sum += factor * state.y;
+    finish.add(value, factor, shared.pieces[thread / 32][k][lane]);
+  }
+  finish.store(row, i % kHeadDim, peak, sum, value);
+}
+
 template <typename T, typename KV, int kHeadDim, int kTiles, bool kGeneral, bool kWide>
 __global__ void __launch_bounds__(kThreads, 1)
     decode_kernel(const __grid_constant__ DecodeParams d) {
@@ -170,10 +230,12 @@ __global__ void __launch_bounds__(kThreads, 1)
       mbarrier_init(&shared.full[i], 1);
       mbarrier_init(&shared.empty[i], kWarpArrivals * (kWide ? kWarps : kWarpsOfGroup));
     }
+    if (S::kClusters) mbarrier_init(&shared.arrived, 1);
     mbarrier_fence_init();
   }
   // The barriers are known to all from here on; nothing of this reads what a kernel has written.
   __syncthreads();
+  if (S::kClusters && p.cluster > 0) cluster_arrive();
   wait_for_previous_kernel();
   allow_next_kernel();
   OwnShare<S> share(p, shared.scratch);
@@ -493,6 +555,14 @@ __global__ void __launch_bounds__(kThreads, 1)
                                                     (w * kRows + row) * kPitch<kHeadDim> + column));
       }
     }
+    if constexpr (S::kClusters) {
+      if (share.in_cluster) {
+        static_assert(kPasses == 1);
+        const int row = 4 * thread / kHeadDim;
+        cluster_wait();  // for the barriers of all
+        return meet_in_cluster<S>(shared, finish, row < segment.rows, peaks[0], sums[0], values[0]);
+      }
+    }
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
       const int i = 4 * (thread + pass * kConsumers), row = i / kHeadDim, column = i % kHeadDim;
@@ -538,8 +608,26 @@ cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(sizeof(Memory)));
   if (error != cudaSuccess) return error;
-  return launch_overlapping(
-      Launch<DecodeParams>{kernel, p.multiprocessors, kThreads, sizeof(Memory)}, d, stream);
+  Launch<DecodeParams> launch{kernel, p.multiprocessors, kThreads, sizeof(Memory)};
+  if constexpr (S::kClusters) {
+    // With a batch of one. With more than their rings hold, those blocks alone would not keep
+    // memory busy, nor, if they are few, with that.
+    const int64_t tiles = (p.most_rows + S::kRows - 1) / S::kRows * p.kv_heads;
+    if (p.batch == 1 && p.keys_a_pair == 0 && tiles * kCluster <= p.multiprocessors) {
+      launch.cluster = kCluster;
+      static const int clusters = most_clusters(launch);  // of the first device: they are alike
+      if (tiles <= clusters) {
+        launch.blocks = clusters * kCluster;
+        d.attention.cluster = kCluster;
+        const int half = p.multiprocessors / 2;
+        const int units = (S::kStages * static_cast<int>(tiles) * kCluster + half - 1) / half;
+        d.attention.cluster_units = std::min(units, S::kStages);
+      } else {
+        launch.cluster = 1;
+      }
+    }
+  }
+  return launch_overlapping(launch, d, stream);
 }
 
 }  // namespace

@@ -15,8 +15,9 @@
 // Where there are few tiles, or few left in the last round, several blocks share one: each has some
 // of its rows, or a piece of its keys; of the pieces the last one to be done adds the results up.
 //
-// Keys and values of fp8 land in the second half of their place, and one more warpgroup writes them
-// all over it as fp16. bf16 queries become fp16 too, each row scaled to its range.
+// Beside keys of fp8 a query is the sum of two terms of fp8, which is about as precise as bf16. Its
+// products with both are as quick as one of 16 bits. Values of fp8 land in the second half of their
+// place, and one more warpgroup writes them all over it as fp16: products of fp8 cannot read them.
 #include <algorithm>
 #include <cfloat>
 #include <climits>
@@ -53,12 +54,12 @@ constexpr float kUnseen = -FLT_MAX;  // the maximum of a row that has seen no ke
 // How many warpgroups a block can have that compute; it has one, two, or the most. Those that widen
 // fp8 take a third one's registers, and so do sums of longer rows.
 constexpr int most_groups(int head_dim, bool fp8, bool softcap) {
-  if (head_dim > 128 || fp8) return 2;
-  return head_dim == 128 ? 3 : softcap ? 2 : 4;
+  if (head_dim > 128 || (fp8 && head_dim > 64)) return 2;
+  return head_dim == 128 || fp8 ? 3 : softcap ? 2 : 4;
 }
-// Keys of a tile, a multiple of 16: as many as there are registers for.
-constexpr int block_n(int head_dim, int groups) {
-  return groups > 2 ? 64 : head_dim > 128 ? 80 : 128;
+// Keys of a tile, a multiple of 16, of fp8 of 32: as many as there are registers for.
+constexpr int block_n(int head_dim, int groups, bool fp8) {
+  return groups > 2 || (head_dim > 128 && fp8) ? 64 : head_dim > 128 ? 80 : 128;
 }
 
 enum Barrier : int { kTileTaken = 1, kFirstGroup = 2, kWidening = 6 };
@@ -67,14 +68,16 @@ template <typename KV, int kHeadDim_, int kGroups_>
 struct Shape {
   static constexpr int kHeadDim = kHeadDim_, kGroups = kGroups_;
   static constexpr bool kFp8 = sizeof(KV) == 1;
-  static constexpr int kBlockM = 64 * kGroups, kBlockN = block_n(kHeadDim, kGroups);
+  static constexpr int kBlockM = 64 * kGroups, kBlockN = block_n(kHeadDim, kGroups, kFp8);
   static constexpr int kLeastTiles = (kLeastPiece + kBlockN - 1) / kBlockN;  // of a piece
   static constexpr int kThreads = 128 * (kGroups + (kFp8 ? 2 : 1));
   static constexpr int kChunks = 2 * kHeadDim / kChunkBytes;
   // Of keys or values as they arrive.
   static constexpr int kRowBytes = sizeof(KV) * kHeadDim, kArrivingBytes = kRowBytes * kBlockN;
-  static constexpr int kArrivingChunks = kFp8 ? 1 : kChunks;
-  static constexpr int kBoxElements = kHeadDim / kArrivingChunks;  // of a key or value in a box
+  static constexpr int kArrivingChunks = kRowBytes > kChunkBytes ? kRowBytes / kChunkBytes : 1;
+  static constexpr int kBoxBytes = kRowBytes / kArrivingChunks;  // of a key or value in a box
+  static constexpr int kBoxElements = kHeadDim / kArrivingChunks;
+  // Of the place for a tile of values.
   static constexpr int kTileBytes = 2 * kHeadDim * kBlockN;
   // Places for queries. If there is one, those of a tile arrive when all of the one before have
   // been used.
@@ -82,12 +85,12 @@ struct Shape {
   // Tiles in flight; beside them are the queries, counts of tiles and the rest.
   static constexpr int kStagesThatFit =
       (kSharedBytes - 1024 - 4 * kThreads - kQueryPlaces * 2 * kHeadDim * kBlockM) /
-      (2 * kTileBytes);
+      (kArrivingBytes + kTileBytes);
   static constexpr int kStagesAsked = SPARSEK_HOPPER_STAGES ? SPARSEK_HOPPER_STAGES : 6;
   static constexpr int kStages = kStagesAsked < kStagesThatFit ? kStagesAsked : kStagesThatFit;
   static constexpr int kLoaderRegisters = kThreads < 512 ? 40 : 32;
   static constexpr int kWideningRegisters = kFp8 ? 48 : 0;
-  static constexpr int kComputeRegisters = kFp8           ? 216
+  static constexpr int kComputeRegisters = kFp8           ? (kGroups == 3 ? 128 : 216)
                                            : kGroups == 4 ? 112
                                            : kGroups == 3 ? 160
                                                           : 232;
@@ -128,13 +131,13 @@ struct Split {
 template <typename S>
 struct Shared {
   char q[S::kQueryPlaces][S::kChunks * kChunkBytes * S::kBlockM];
-  char k[S::kStages][S::kTileBytes], v[S::kStages][S::kTileBytes];
+  char k[S::kStages][S::kArrivingBytes], v[S::kStages][S::kTileBytes];
   uint64_t tile_full[2], q_full[2], q_empty[2];
   uint64_t k_full[S::kStages], k_empty[S::kStages], v_full[S::kStages], v_empty[S::kStages];
-  uint64_t landed;                                      // values that are not ready for use
-  uint64_t k_landed[S::kStages], v_landed[S::kStages];  // fp8
-  Tile<S::kGroups> tiles[2];                            // whose rows are in q, or will be
-  Tile<S::kGroups> found;                               // the next one
+  uint64_t landed;                // values that are not ready for use
+  uint64_t v_landed[S::kStages];  // fp8
+  Tile<S::kGroups> tiles[2];      // whose rows are in q, or will be
+  Tile<S::kGroups> found;         // the next one
   Split split;
   // Of a KV head, up to and with the requests that a thread has counted.
   int tiles_up_to[S::kThreads];
@@ -211,12 +214,13 @@ __host__ __device__ inline Split best_split(const PrefillParams& d, int tiles, i
 // All threads of the block count tiles together.
 template <typename S>
 __device__ void count_tiles(const AttentionParams& p, Shared<S>& shared) {
-  const int thread = threadIdx.x, each = requests_a_thread<S::kThreads>(p);
-  int own = 0;
+  int thread = threadIdx.x, own = 0;
+  recompute(thread);  // not kept for later: registers are short
+  const int each = requests_a_thread<S::kThreads>(p);
 #pragma unroll 1
   for (int b = thread * each; b < min(p.batch, (thread + 1) * each); ++b)
     own += tiles_of<S::kBlockM>(p, b);
-  shared.tiles_up_to[thread] = inclusive_sum<S::kThreads>(own, shared.warp_sums);
+  shared.tiles_up_to[thread] = inclusive_sum<S::kThreads>(thread, own, shared.warp_sums);
   __syncthreads();
 }
 
@@ -325,8 +329,8 @@ struct Loader {
     const int lane = threadIdx.x % 32;
     // A lane brings one chunk of one box.
     const int chunk = lane % S::kArrivingChunks, row = lane / S::kArrivingChunks * d.box_keys;
-    const int offset = (S::kTileBytes - S::kArrivingBytes) + chunk * (kBlockN * kChunkBytes) +
-                       row * (S::kRowBytes / S::kArrivingChunks);
+    const int offset = (kValues ? S::kTileBytes - S::kArrivingBytes : 0) +
+                       chunk * (kBlockN * kChunkBytes) + row * S::kBoxBytes;
     const KeyRange keys = tile.keys;
     // Boxes without a visible key lie outside of the tensor, whatever the block table says there.
     const auto look_up = [&](int key) -> KeyAddress {
@@ -349,7 +353,7 @@ struct Loader {
           !S::kFp8 && kValues && (key0 < usable.begin || key0 + kBlockN > usable.end);
       mbarrier_wait(kValues ? &shared.v_empty[stage] : &shared.k_empty[stage], place.phase ^ 1);
       uint64_t* arrival = unusable ? &shared.landed : full;
-      if (S::kFp8) arrival = kValues ? &shared.v_landed[stage] : &shared.k_landed[stage];
+      if (S::kFp8 && kValues) arrival = &shared.v_landed[stage];
       if (lane == 0) {
         mbarrier_arrive_expect(arrival, S::kArrivingBytes);
       } else if (kWarpArrivals > 1 && arrival == full) {
@@ -357,7 +361,7 @@ struct Loader {
       }
       __syncwarp();
       if (row < kBlockN) {
-        tensor_copy((kValues ? shared.v : shared.k)[stage] + offset, map, arrival,
+        tensor_copy((kValues ? shared.v[stage] : shared.k[stage]) + offset, map, arrival,
                     chunk * S::kBoxElements, address.token, 0, tile.kv_head, address.block);
       }
       if (unusable) {
@@ -387,27 +391,38 @@ struct Loader {
   }
 };
 
-// A warp's rows of fp8 keys or values: from the second half of a place, fp16 to all of it. Values
-// of keys outside of `seen`, counted from the place's first, become zeros.
-template <typename S, bool kValues>
+// Worked out again at each use: registers are short.
+[[maybe_unused]] __device__ inline int own_lane() {
+  int thread = threadIdx.x;
+  recompute(thread);
+  return thread % 32;
+}
+
+// A warp's rows of fp8 values: from the second half of a place, fp16 to all of it. Those of keys
+// outside of `seen`, counted from the place's first, become zeros.
+template <typename S>
 __device__ void widen(char* place, int warp, KeyRange seen) {
   constexpr int kBlockN = S::kBlockN, kRowsOfWarp = kBlockN / 4;
-  constexpr int kPieces = S::kRowBytes / 16, kRows = 32 / kPieces;  // of a load
-  constexpr int kAtOnce = S::kChunks == 1 ? 4 : 2;                  // loads in flight
-  const int lane = threadIdx.x % 32, piece = lane % kPieces;
-  const char* source = place + (S::kTileBytes - S::kArrivingBytes);
+  constexpr int kPieces = S::kRowBytes / 16, kRows = 32 / kPieces;    // of a load
+  constexpr int kAtOnce = S::kChunks == 1 ? kRowsOfWarp / kRows : 2;  // loads in flight
+  // The swizzle repeats after eight rows: of more than that, only these count.
+  const auto in_swizzle = [](int row0, int row) { return kAtOnce * kRows % 8 ? row0 + row : row; };
+  const int lane = own_lane(), piece = lane % kPieces;
+  const char* source =
+      place + (S::kTileBytes - S::kArrivingBytes) + piece / 8 * (kBlockN * kChunkBytes);
   // 16 elements become two pieces. Half of the lanes begin with the second, so that no two write to
   // the same banks.
-  const int chunk = piece / 4, first = 2 * (piece % 4) + (kPieces == 8 ? chunk : 0);
-  const bool swap = first % 2, partial = kValues && (seen.begin > 0 || seen.end < kBlockN);
+  const int chunk = piece / 4, first = 2 * (piece % 4) + (kPieces >= 8 ? chunk % 2 : 0);
+  const bool swap = first % 2, partial = seen.begin > 0 || seen.end < kBlockN;
 #pragma unroll 1
   for (int row0 = warp * kRowsOfWarp; row0 < (warp + 1) * kRowsOfWarp; row0 += kAtOnce * kRows) {
     uint4 bytes[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      const int row = lane / kPieces + i * kRows;  // and row0, a multiple of 8
-      bytes[i] = *reinterpret_cast<const uint4*>(source + row0 * S::kRowBytes +
-                                                 tile_offset<S::kRowBytes>(row, piece));
+      const int row = lane / kPieces + i * kRows;
+      const uint32_t offset = tile_offset<S::kBoxBytes>(in_swizzle(row0, row), piece % 8);
+      const int before = kAtOnce * kRows % 8 ? 0 : row0 * S::kBoxBytes;
+      bytes[i] = *reinterpret_cast<const uint4*>(source + before + offset);
       if (partial && (row0 + row < seen.begin || row0 + row >= seen.end)) bytes[i] = uint4{};
     }
     // Where a place is one chunk, rows that are written lie over other rows that are read.
@@ -419,13 +434,14 @@ __device__ void widen(char* place, int warp, KeyRange seen) {
     }
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      const unsigned row = lane / kPieces + i * kRows;
+      const int row = lane / kPieces + i * kRows;
+      const unsigned swizzle = static_cast<unsigned>(in_swizzle(row0, row)) % 8;
       char* target = place + (chunk * kBlockN + row0 + row) * kChunkBytes;
       const auto put = [&](int index, uint32_t low, uint32_t high) {
         uint4 wide;
         widen_fp8(low, wide.x, wide.y);
         widen_fp8(high, wide.z, wide.w);
-        *reinterpret_cast<uint4*>(target + ((index ^ row % 8) << 4)) = wide;
+        *reinterpret_cast<uint4*>(target + ((index ^ swizzle) << 4)) = wide;
       };
       put(first, swap ? bytes[i].z : bytes[i].x, swap ? bytes[i].w : bytes[i].y);
       put(first ^ 1, swap ? bytes[i].x : bytes[i].z, swap ? bytes[i].y : bytes[i].w);
@@ -447,12 +463,8 @@ __device__ void widen_all(Shared<S>& shared) {
     const KeyRange keys = tile.keys;
     int key0 = tile.key0 + (tile.key_tiles - 1) * kBlockN;
     for (int left = tile.key_tiles; left > 0; --left, key0 -= kBlockN, place.advance()) {
-      const KeyRange seen{keys.begin - key0, keys.end - key0};
-      mbarrier_wait(&shared.k_landed[place.index], place.phase);
-      widen<S, false>(shared.k[place.index], warp, seen);
-      warp_arrive(&shared.k_full[place.index]);
       mbarrier_wait(&shared.v_landed[place.index], place.phase);
-      widen<S, true>(shared.v[place.index], warp, seen);
+      widen<S>(shared.v[place.index], warp, {keys.begin - key0, keys.end - key0});
       warp_arrive(&shared.v_full[place.index]);
     }
     warp_arrive(&shared.q_empty[tiles.index]);
@@ -544,26 +556,57 @@ __device__ inline void transpose_quads(uint32_t (&x)[4]) {
   }
 }
 
-// Queries of bf16 in their place as fp16, by the warpgroup whose rows they are. The factors are
-// those of the scores of rows lane / 4 and 8 below it, of the warp's 16.
-template <typename S>
-__device__ void narrow_queries(char* q, int warp_row, float (&factors)[2]) {
+// Queries of 16 bits in their place as two terms of fp8, the second what the first leaves, by the
+// warpgroup whose rows they are: of a row all of the first term, then all of the second. The
+// factors are those of the scores of rows lane / 4 and 8 below it, of the warp's 16.
+template <typename T, typename S>
+__device__ void split_queries(char* q, int warp_row, float (&factors)[2]) {
   constexpr int kPieces = S::kChunks * kChunkBytes / 16, kRows = 32 / kPieces;
-  const int lane = threadIdx.x % 32, piece = lane % kPieces;
-#pragma unroll
+  const int lane = own_lane(), piece = lane % kPieces;
+#pragma unroll 1
   for (int row0 = 0; row0 < 16; row0 += kRows) {
     const int row = warp_row + row0 + lane / kPieces;
-    auto* place = reinterpret_cast<uint4*>(q + (piece / 8 * S::kBlockM + row) * kChunkBytes +
-                                           ((piece ^ row) % 8 << 4));
-    const uint4 x = *place;
-    int largest = largest_of(largest_of(0, x.x), x.y);
-    largest = largest_of(largest_of(largest, x.z), x.w);
+    const auto at = [&](int byte) {
+      return q + (byte / kChunkBytes * S::kBlockM + row) * kChunkBytes +
+             ((byte / 16 ^ row) % 8 << 4) + byte % 16;
+    };
+    const uint4 pairs = *reinterpret_cast<const uint4*>(at(16 * piece));
+    float x[8];
+    to_floats<T>(pairs.x, x[0], x[1]);
+    to_floats<T>(pairs.y, x[2], x[3]);
+    to_floats<T>(pairs.z, x[4], x[5]);
+    to_floats<T>(pairs.w, x[6], x[7]);
+    int largest = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) largest = largest_of(largest, x[i]);
 #pragma unroll
     for (int step = 1; step < kPieces; step *= 2)
       largest = max(largest, __shfl_xor_sync(~0u, largest, step));
-    const PowerOfTwo power(largest);
-    *place = {to_half(x.x, power.up), to_half(x.y, power.up), to_half(x.z, power.up),
-              to_half(x.w, power.up)};
+    const PowerOfTwo<7> power(largest);  // fp8 ends at 448
+    uint32_t terms[2][2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      uint32_t first = 0, second = 0;
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        float low = x[4 * i + 2 * j] * power.up, high = x[4 * i + 2 * j + 1] * power.up;
+        // Infinities become NaN here, which fp8 has.
+        low = fmaf(low, 0.0f, low), high = fmaf(high, 0.0f, high);
+        const uint32_t pair = narrow_to_fp8(low, high);
+        uint32_t wide, none;
+        widen_fp8(pair, wide, none);
+        float low_term, high_term;
+        to_floats<__half>(wide, low_term, high_term);
+        first |= pair << 16 * j;
+        second |= uint32_t{narrow_to_fp8(low - low_term, high - high_term)} << 16 * j;
+      }
+      terms[0][i] = first, terms[1][i] = second;
+    }
+    __syncwarp();  // all of the rows has been read
+#pragma unroll
+    for (int term = 0; term < 2; ++term)
+      *reinterpret_cast<uint2*>(at(term * S::kHeadDim + 8 * piece)) = {terms[term][0],
+                                                                       terms[term][1]};
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int own = lane / 4 + 8 * h - row0;
@@ -642,8 +685,10 @@ template <typename T, typename KV, int kHeadDim, bool kSoftcap, int kGroups>
 __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGroups>>& shared,
                         int group) {
   using S = Shape<KV, kHeadDim, kGroups>;
-  using M = Operand<T, KV>;
-  constexpr int kBlockN = S::kBlockN, kSteps = kHeadDim / 16, kKeySteps = kBlockN / 16;
+  using M = Operand<T, KV>;                      // of weights and values
+  using Q = std::conditional_t<S::kFp8, KV, T>;  // of queries and keys
+  constexpr int kBlockN = S::kBlockN, kKeySteps = kBlockN / 16;
+  constexpr int kSteps = kHeadDim / 16;  // of 32 bytes of queries; over fp8 keys are used twice
   const AttentionParams& p = d.attention;
   // Where there are no registers for another way.
   constexpr bool kAlwaysMaxima = kSoftcap || kHeadDim > 128;
@@ -663,6 +708,8 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
   Place<2> q_place;
   Place<S::kStages> k_place, v_place;
   float out[kHeadDim / 2];
+  // Of one product: ptxas wants registers for all of them in those that a block is launched with.
+  constexpr int kSumsAtOnce = kHeadDim > 128 && S::kFp8 ? 64 : kHeadDim / 2;
   float scores[kBlockN / 2];
   uint32_t weights[kKeySteps][4];
   float row_max[2] = {}, row_sum[2] = {}, factor[2];  // maxima as powers of two
@@ -674,14 +721,19 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
   const auto own_queries = [&] {
     return shared.q[q_place.index % S::kQueryPlaces] + group_row * kChunkBytes;
   };
+  // Sums of products of fp8 lose up to 2^-9 of what they have come to: the small terms come first.
+  const auto nth_step = [](int i) { return S::kFp8 ? (i + kSteps / 2) % kSteps : i; };
   const auto issue_scores = [&] {
     const uint64_t q = matrix_descriptor(shared_address(own_queries()));
-    const uint64_t k = matrix_descriptor(shared_address(shared.k[k_place.index]));
+    const uint64_t k = matrix_descriptor<S::kBoxBytes>(shared_address(shared.k[k_place.index]));
+    const auto offset = [](int byte, int rows) {
+      return byte / kChunkBytes * (rows * kChunkBytes) + byte % kChunkBytes;
+    };
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const int chunk = step / 4, within = step % 4 * 32;
-      wgmma_scores<M>(scores, at_offset(q, chunk * (S::kBlockM * kChunkBytes) + within),
-                      at_offset(k, chunk * (kBlockN * kChunkBytes) + within), step > 0);
+    for (int i = 0; i < kSteps; ++i) {
+      const int step = nth_step(i);
+      wgmma_scores<Q>(scores, at_offset(q, offset(32 * step, S::kBlockM)),
+                      at_offset(k, offset(32 * step % S::kRowBytes, kBlockN)), i > 0);
     }
     wgmma_commit();
   };
@@ -689,8 +741,14 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
     const uint64_t v =
         matrix_descriptor(shared_address(shared.v[v_place.index]), kBlockN * kChunkBytes);
 #pragma unroll
-    for (int step = 0; step < kKeySteps; ++step)
-      wgmma_values<M>(out, weights[step], at_offset(v, step * 16 * kChunkBytes));
+    for (int step = 0; step < kKeySteps; ++step) {
+#pragma unroll
+      for (int part = 0; part < kHeadDim / 2; part += kSumsAtOnce) {
+        // 64 columns, 32 sums of a thread, are a chunk.
+        wgmma_values<M>(reinterpret_cast<float (&)[kSumsAtOnce]>(out[part]), weights[step],
+                        at_offset(v, (part / 32 * kBlockN + step * 16) * kChunkBytes));
+      }
+    }
     wgmma_commit();
   };
   // With softcap, tanh as 1 - 2 / (1 + exp(2x)): tanh.approx is too coarse. It grows with the
@@ -708,24 +766,25 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
 #pragma unroll
     for (int i = 0; i < kBlockN / 2; ++i) scores[i] = 0;
 #pragma unroll 1
-    for (int step = 0; step < kSteps; ++step) {
-      const int chunk = step / 4, piece = step % 4 * 2;
-      const int q_piece = (piece + lane / 16) ^ (q_row % 8);
-      const int k_piece = (piece + lane / 8 % 2) ^ (k_row % 8);
+    for (int nth = 0; nth < kSteps; ++nth) {
+      const int step = nth_step(nth), k_step = 32 * step % S::kRowBytes / 32;
+      const auto at = [](const char* from, int rows, int step, uint32_t within) {
+        return shared_address(from + step / 4 * (rows * kChunkBytes)) + within;
+      };
       const uint32_t k_of_step =
-          shared_address(k + (chunk * kBlockN + k_row) * kChunkBytes + 16 * k_piece);
+          at(k, kBlockN, k_step, tile_offset<S::kBoxBytes>(k_row, k_step % 4 * 2 + lane / 8 % 2));
       uint32_t a[4];
-      load_matrices(a,
-                    shared_address(q + (chunk * S::kBlockM + q_row) * kChunkBytes + 16 * q_piece));
+      load_matrices(
+          a, at(q, S::kBlockM, step, tile_offset<kChunkBytes>(q_row, step % 4 * 2 + lane / 16)));
 #pragma unroll
       for (int i = 0; i < kKeySteps; ++i) {
         uint32_t b[4];
-        load_matrices(b, k_of_step + 16 * i * kChunkBytes);
+        load_matrices(b, k_of_step + 16 * i * S::kBoxBytes);
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           float* of_keys = &scores[8 * i + 4 * j];
           float sums[4] = {of_keys[0], of_keys[1], of_keys[2], of_keys[3]};
-          mma<M>(sums, a, b[2 * j], b[2 * j + 1]);
+          mma<Q>(sums, a, b[2 * j], b[2 * j + 1]);
 #pragma unroll
           for (int n = 0; n < 4; ++n) of_keys[n] = sums[n];
         }
@@ -827,16 +886,15 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
     mbarrier_wait(&shared.q_full[q_place.index], q_place.phase);
     const Tile<kGroups>& tile = shared.tiles[q_place.index];
     if (tile.request.index == kEnd) return;
-    if constexpr (!std::is_same_v<M, T>) {
-      narrow_queries<S>(own_queries(), thread_of_group() / 32 * 16, score_factor);
-      fence_for_async();
-      barrier_sync<128>(kFirstGroup + group);
-    }
     if constexpr (S::kFp8) {
+      split_queries<T, S>(own_queries(), thread_of_group() / 32 * 16, score_factor);
+      fence_for_async();
+      int thread = threadIdx.x;
+      recompute(thread);
+      barrier_sync<128>(kFirstGroup - 1 + thread / 128);  // warpgroup 0 loads
       const float k_scale = scale_of(p.k_scale, p.k_scale_stride, tile.kv_head);
 #pragma unroll
-      for (int h = 0; h < 2; ++h)
-        score_factor[h] = (std::is_same_v<M, T> ? 1.0f : score_factor[h]) * k_scale;
+      for (int h = 0; h < 2; ++h) score_factor[h] *= k_scale;
     }
     const int before = tile.own[group].before, count = tile.own[group].count;
     const int after = tile.key_tiles - before - count;
@@ -1014,11 +1072,10 @@ __global__ void __launch_bounds__(Shape<KV, kHeadDim, kGroups>::kThreads, 1)
       mbarrier_init(&shared.q_empty[i], (kWarps + 2 + (S::kFp8 ? 4 : 0)) * kWarpArrivals);
     }
     for (int i = 0; i < S::kStages; ++i) {
-      mbarrier_init(&shared.k_full[i], (S::kFp8 ? 4 : 1) * kWarpArrivals);
+      mbarrier_init(&shared.k_full[i], kWarpArrivals);
       mbarrier_init(&shared.k_empty[i], kWarps * kWarpArrivals);
       mbarrier_init(&shared.v_full[i], (S::kFp8 ? 4 : 1) * kWarpArrivals);
       mbarrier_init(&shared.v_empty[i], kWarps * kWarpArrivals);
-      mbarrier_init(&shared.k_landed[i], 1);
       mbarrier_init(&shared.v_landed[i], 1);
     }
     mbarrier_init(&shared.landed, 1);
@@ -1052,10 +1109,10 @@ __global__ void __launch_bounds__(Shape<KV, kHeadDim, kGroups>::kThreads, 1)
   } else {
     take_registers<S::kComputeRegisters>();
     int group = warpgroup - 1;
-    if (kSoftcap) {  // worked out again: registers are short
+    if (kSoftcap || (S::kFp8 && kHeadDim > 128)) {  // worked out again: registers are short
       int thread = threadIdx.x;
       recompute(thread);
-      group = kGroups == 1 ? 0 : __shfl_sync(~0u, thread / 128, 0) - 1;
+      group = kGroups == 1 ? 0 : __shfl_sync(~0u, thread / 128 - 1, 0);
     }
     compute<T, KV, kHeadDim, kSoftcap, kGroups>(d, shared, group);
   }

@@ -9,10 +9,14 @@ namespace sparsek::sm90 {
 
 constexpr int kSharedBytes = 227 * 1024;  // that a thread block can have
 constexpr int kMostHeadDim = 256;
-// Registers for wider sums and those of the warps that widen fp8 are more than there are. With
-// softcap over fp8 nobody has asked for it.
+// With softcap over fp8 nobody has asked for it.
 constexpr bool has_prefill(int head_dim, bool fp8, bool softcap = false) {
-  return head_dim <= kMostHeadDim && (!fp8 || (head_dim <= 128 && !softcap));
+  return head_dim <= kMostHeadDim && !(fp8 && softcap);
+}
+// Decode is bound by copies, and those that end within a chunk of 128 bytes take as long as
+// several: the portable kernel is quicker then.
+constexpr bool has_decode(int head_dim, bool fp8) {
+  return head_dim <= kMostHeadDim && (head_dim == 64 || head_dim * (fp8 ? 1 : 2) % 128 == 0);
 }
 // Rows that a unit of decode's work has at most. Softcap takes the registers of more.
 constexpr int most_decode_rows(int head_dim, bool softcap = false) {
@@ -36,7 +40,7 @@ inline bool has_tensor_map(const KVTensor& tensor, int kv_heads) {
 template <typename T, typename KV, int kHeadDim, bool kSoftcap>
 cudaError_t prefill(const AttentionParams& params, cudaStream_t stream);
 
-// Requests that are, where both k and v have a tensor map.
+// Requests that are, where both k and v have a tensor map. Only where has_decode().
 template <typename T, typename KV, int kHeadDim>
 cudaError_t decode(const AttentionParams& params, cudaStream_t stream);
 

@@ -1,7 +1,8 @@
 """Servers under load: vLLM's own ``vllm bench serve`` against our backend and FLASH_ATTN.
 
-Both servers are alive side by side and take the load in turn, on several GPUs one after the other,
-with random weights of a known model's shape and CUDA graphs. The demo model lends its tokenizer.
+Both servers are alive side by side and take the load in turn; on several GPUs, or where they do not
+fit on one, one after the other. They have random weights of a known
+model's shape and CUDA graphs. The demo model lends its tokenizer.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsek_vllm.backends.vllm_compat import BACKEND_NAME
-from sparsek_vllm.bench.serving import BESIDE_KV_BYTES, taking_turns, write_shape
+from sparsek_vllm.bench.serving import BESIDE_KV_BYTES, engines_fit, taking_turns, write_shape
 from sparsek_vllm.demo import SERVED_NAME, Server
 from sparsek_vllm.demo_model import demo_model_path
 
@@ -70,7 +71,7 @@ def run(
         "compilation_config": compilation_config,
     }
     longest = max(load.prompt + load.answer for load in loads)
-    groups = taking_turns(backends, tensor_parallel_size, fit=True)
+    groups = taking_turns(backends, tensor_parallel_size, engines_fit(len(backends)))
     settings = (
         *("--load-format", "dummy", "--max-model-len", str(longest + 64)),
         *("--max-num-seqs", str(max(load.clients for load in loads))),

@@ -81,7 +81,7 @@ def taking_turns(backends: Sequence[str], tensor_parallel_size: int, fit: bool) 
     return [list(backends)] if together else [[b] for b in backends]
 
 
-def _fit(engines: int) -> bool:
+def engines_fit(engines: int) -> bool:
     """Whether so many fit on one GPU together."""
     import torch
 
@@ -124,7 +124,7 @@ def run(
         }
         for batch, context in workloads
     ]
-    fit = tensor_parallel_size > 1 or _fit(len(backends))
+    fit = tensor_parallel_size > 1 or engines_fit(len(backends))
     for together in taking_turns(backends, tensor_parallel_size, fit):
         with contextlib.ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -302,7 +302,7 @@ def objects(archs: Sequence[str], head_dims: Sequence[int] = HEAD_DIMS) -> Itera
         sizes = HOPPER_HEAD_DIMS if kernel.startswith("sm90") else head_dims
         softcaps = (False, True) if kernel == "sm90/prefill" else (False,)
         for dtype, kv, head_dim, softcap in product(DTYPES, (None, "E4M3"), sizes, softcaps):
-            if kernel == "sm90/prefill" and kv and (softcap or head_dim > 128):
+            if kernel == "sm90/prefill" and kv and softcap:
                 continue  # see has_prefill() in csrc/sm90/sm90.h
             defines = [
                 f"-DSPARSEK_DTYPE={dtype}",

@@ -91,13 +91,16 @@ struct alignas(1024) Block {
   unsigned threads = 0, alive = 0;
   Barrier barrier;    // of __syncthreads
   Barrier named[16];  // of other groups of warps
+  Barrier* cluster = nullptr;
 };
 
 // Blocks that run at the same time.
 struct Wave {
   std::deque<Block> blocks;
   Index grid{};
-  int alive = 0;  // threads that have not ended
+  int alive = 0;                 // threads that have not ended
+  std::deque<Barrier> clusters;  // of so many consecutive blocks each
+  unsigned cluster = 1;
   std::map<const void*, Phases> phases;
   std::vector<std::function<void()>> copies;  // by the tensor memory accelerator, not made yet
 };
@@ -212,6 +215,11 @@ inline void run_wave(std::vector<Thread>& threads, std::vector<Warp>& warps) {
     for (Barrier& named : block.named) named = {};
   }
   ++shared_version;
+  wave.clusters.assign(wave.blocks.size() / wave.cluster, {});
+  for (size_t i = 0; i < wave.blocks.size(); ++i) {
+    wave.blocks[i].cluster = &wave.clusters[i / wave.cluster];
+    wave.blocks[i].cluster->expected += static_cast<int>(wave.blocks[i].threads);
+  }
   wave.phases.clear();
   wave.alive = count;
   for (auto& warp : warps) warp = {.barrier = {32}};
@@ -268,9 +276,10 @@ inline void run_wave(std::vector<Thread>& threads, std::vector<Warp>& warps) {
 
 template <typename Kernel, typename Parameters>
 inline void launch_in_waves(Kernel kernel, dim3 grid, unsigned count, size_t bytes, unsigned size,
-                            const Parameters& parameters) {
+                            const Parameters& parameters, unsigned cluster = 1) {
   const unsigned blocks = grid.x * grid.y * grid.z;
-  if (count % 32 || bytes > kSharedBytes || blocks % size) fail("bad launch");
+  if (count % 32 || bytes > kSharedBytes || blocks % size || size % cluster) fail("bad launch");
+  wave.cluster = cluster;
   std::vector<Thread> threads(count * size);
   std::vector<Warp> warps(count * size / 32);
   const std::function<void()> call = [&] { kernel(parameters); };
@@ -338,6 +347,7 @@ template <typename T>
 inline T __ldcg(const T* address) {
   return *address;
 }
+inline int __float_as_int(float x) { return __builtin_bit_cast(int, x); }
 inline unsigned __float_as_uint(float x) { return __builtin_bit_cast(unsigned, x); }
 inline float __uint_as_float(unsigned x) { return __builtin_bit_cast(float, x); }
 inline float __int_as_float(int x) { return __builtin_bit_cast(float, x); }

@@ -34,6 +34,33 @@ inline void mbarrier_wait(uint64_t* barrier, int parity) {
   emulator::wait(emulator::wave.phases.at(barrier), parity);
 }
 
+inline void mbarrier_wait_cluster(uint64_t* barrier, int parity) { mbarrier_wait(barrier, parity); }
+
+inline void cluster_arrive() {
+  emulator::Barrier& barrier = *emulator::current->block->cluster;
+  if (++barrier.arrived == barrier.expected) ++barrier.round;
+}
+inline void cluster_wait() {
+  emulator::Barrier& barrier = *emulator::current->block->cluster;
+  if (barrier.round > 0) return;  // (once a launch)
+  emulator::current->waits_for = &barrier;
+  emulator::current->waits_round = 0;
+  if (!_setjmp(emulator::current->at)) _longjmp(emulator::scheduler, 1);
+}
+template <typename T>
+inline void store_async(int rank, T* to, T x, uint64_t* barrier) {
+  const unsigned own = emulator::current->block->index.x, size = emulator::wave.cluster;
+  if (rank < 0 || rank >= static_cast<int>(size)) emulator::fail("no such block in a cluster");
+  char* shared = emulator::wave.blocks[own / size * size + rank].shared;
+  char* target = shared + shared_address(to);
+  auto& phases = emulator::wave.phases.at(shared + shared_address(barrier));
+  emulator::wave.copies.push_back([=, &phases] {
+    std::memcpy(target, &x, sizeof(x));
+    phases.bytes -= sizeof(x);
+    emulator::end_phase_if_complete(phases);
+  });
+}
+
 // Rows of 128 or 64 bytes, one behind the other; the swizzle is of the address.
 inline void tensor_copy(void* destination, const CUtensorMap* map, uint64_t* barrier, int c0,
                         int c1, int c2, int c3, int c4) {
@@ -84,13 +111,18 @@ template <typename Parameters>
 struct Launch {
   void (*kernel)(Parameters);
   int blocks, threads, shared_bytes;
+  int cluster = 1;
 };
+template <typename Parameters>
+int most_clusters(const Launch<Parameters>& launch) {
+  return EMULATED_MULTIPROCESSORS / launch.cluster;
+}
 // One block a multiprocessor: all run at the same time.
 template <typename Parameters>
 cudaError_t launch_overlapping(const Launch<Parameters>& launch, const Parameters& parameters,
                                cudaStream_t) {
   emulator::launch_in_waves(launch.kernel, dim3(launch.blocks), launch.threads, launch.shared_bytes,
-                            launch.blocks, parameters);
+                            launch.blocks, parameters, launch.cluster);
   return cudaSuccess;
 }
 

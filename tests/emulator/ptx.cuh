@@ -63,13 +63,23 @@ inline uint16_t element(const emulator::Words* rows, int matrix, int row, int co
 using Bits = uint32_t __attribute__((vector_size(64)));
 using Floats = float __attribute__((vector_size(64)));
 
-// From eight words of two elements each.
+// Products of elements of a byte are two, of the lower bytes of 16 bits and of the upper.
 template <typename T>
-inline Floats widen(const uint32_t* words) {
+constexpr int kParts = sizeof(T) == 1 ? 2 : 1;
+
+// From eight words of two elements each, or of that part of four.
+template <typename T>
+inline Floats widen(const uint32_t* words, int part = 0) {
   uint16_t __attribute__((vector_size(32))) elements;
   std::memcpy(&elements, words, sizeof(elements));
   const Bits bits = __builtin_convertvector(elements, Bits);
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+  if constexpr (sizeof(T) == 1) {
+    const Bits size = bits >> 8 * part & 0x7f;  // the exponent's bias is less by 120
+    const Floats scaled = reinterpret_cast<Floats>(size << 20) * 0x1p120f;
+    const Bits special = size == 0x7f ? Bits{} + 0x7fc00000u : Bits{};
+    return reinterpret_cast<Floats>(reinterpret_cast<Bits>(scaled) | special |
+                                    (bits >> 8 * part & 0x80) << 24);
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
     return reinterpret_cast<Floats>(bits << 16);
   } else {
     // The exponent's bias is less by 112; infinities and NaN have a wider exponent.
@@ -88,11 +98,11 @@ inline float sum(const Floats& x) {
 }
 // One of the two rows of a 16 x 16 operand that a lane's products need, from all lanes' words.
 template <typename T>
-inline Floats row_of_a(const emulator::Words* all, int half) {
+inline Floats row_of_a(const emulator::Words* all, int half, int part = 0) {
   uint32_t words[8];
   for (int i = 0; i < 8; ++i)
     words[i] = all[emulator::current->lane / 4 * 4 + i % 4].word[half + i / 4 * 2];
-  return widen<T>(words);
+  return widen<T>(words, part);
 }
 
 }  // namespace emulated
@@ -124,14 +134,16 @@ template <typename T>
 inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   const auto* all = emulator::exchange(emulator::Words{{a[0], a[1], a[2], a[3], b0, b1}});
   const int pair = emulator::current->lane % 4;
-  emulated::Floats rows[2], columns[2];
-  for (int j = 0; j < 2; ++j) {
-    rows[j] = emulated::row_of_a<T>(all, j);
-    uint32_t words[8];
-    for (int i = 0; i < 8; ++i) words[i] = all[4 * (2 * pair + j) + i % 4].word[4 + i / 4];
-    columns[j] = emulated::widen<T>(words);
+  for (int part = 0; part < emulated::kParts<T>; ++part) {
+    emulated::Floats rows[2], columns[2];
+    for (int j = 0; j < 2; ++j) {
+      rows[j] = emulated::row_of_a<T>(all, j, part);
+      uint32_t words[8];
+      for (int i = 0; i < 8; ++i) words[i] = all[4 * (2 * pair + j) + i % 4].word[4 + i / 4];
+      columns[j] = emulated::widen<T>(words, part);
+    }
+    for (int i = 0; i < 4; ++i) d[i] += emulated::sum(rows[i / 2] * columns[i % 2]);
   }
-  for (int i = 0; i < 4; ++i) d[i] += emulated::sum(rows[i / 2] * columns[i % 2]);
 }
 
 inline void widen_fp8(uint32_t four, uint32_t& low, uint32_t& high) {
@@ -163,6 +175,13 @@ inline uint32_t pack(float low, float high) {
   uint32_t bits;
   std::memcpy(&bits, pair, 4);
   return bits;
+}
+
+template <typename T>
+inline void to_floats(uint32_t pair, float& low, float& high) {
+  T both[2];
+  std::memcpy(both, &pair, 4);
+  low = static_cast<float>(both[0]), high = static_cast<float>(both[1]);
 }
 
 }  // namespace sparsek

@@ -8,9 +8,10 @@
 
 namespace sparsek {
 
+template <int kRowBytes = 128>
 inline uint64_t matrix_descriptor(uint32_t address, uint32_t chunk_bytes = 16) {
-  return (address & 0x3ffff) >> 4 | uint64_t{chunk_bytes >> 4} << 16 | uint64_t{1024 >> 4} << 32 |
-         uint64_t{1} << 62;
+  return (address & 0x3ffff) >> 4 | uint64_t{chunk_bytes >> 4} << 16 |
+         uint64_t{8 * kRowBytes >> 4} << 32 | uint64_t{kRowBytes == 128 ? 1 : 2} << 62;
 }
 
 inline uint64_t at_offset(uint64_t descriptor, uint32_t bytes) { return descriptor + (bytes >> 4); }
@@ -20,22 +21,26 @@ namespace emulated {
 // An operand as the hardware reads it: the swizzle is of the address.
 template <typename T>
 struct Operand {
-  uint32_t start, leading, stride;
+  uint32_t start, leading, stride, row_bytes;
 
   explicit Operand(uint64_t descriptor)
       : start((descriptor & 0x3fff) << 4),
         leading((descriptor >> 16 & 0x3fff) << 4),
-        stride((descriptor >> 32 & 0x3fff) << 4) {
-    if (descriptor >> 62 != 1 || (descriptor >> 49 & 7)) emulator::fail("unknown layout of wgmma");
+        stride((descriptor >> 32 & 0x3fff) << 4),
+        row_bytes(descriptor >> 62 == 1 ? 128 : 64) {
+    if (descriptor >> 62 == 0 || descriptor >> 62 == 3 || (descriptor >> 49 & 7))
+      emulator::fail("unknown layout of wgmma");
   }
   uint16_t at(uint32_t address) const {
-    address ^= address >> 3 & 0x70;
+    address ^= address >> 3 & (row_bytes - 16);
     uint16_t bits;
     std::memcpy(&bits, emulator::at_shared(address, 2), 2);
     return bits;
   }
-  // Rows along the inner dimension.
-  uint16_t row(int r, int k) const { return at(start + r / 8 * stride + r % 8 * 128 + 2 * k); }
+  // Rows along the inner dimension, in pieces of two bytes.
+  uint16_t row(int r, int k) const {
+    return at(start + r / 8 * stride + r % 8 * row_bytes + 2 * k);
+  }
   // Transposed: rows along the outer dimension.
   uint16_t column(int n, int k) const {
     return at(start + n / 64 * leading + k / 8 * stride + k % 8 * 128 + n % 64 * 2);
@@ -45,12 +50,12 @@ struct Operand {
 // A second operand, read once for all threads: the 16 elements of each row that a lane has, which
 // are those of each eight that begin at twice the lane's place in its four.
 template <typename T>
-inline const float* decoded(uint64_t descriptor, int rows, bool transposed) {
-  static std::map<std::tuple<const void*, uint64_t>, std::vector<float>> known;
+inline const float* decoded(uint64_t descriptor, int rows, bool transposed, int part = 0) {
+  static std::map<std::tuple<const void*, uint64_t, int>, std::vector<float>> known;
   static uint64_t version = 0;
   if (version != emulator::shared_version) known.clear();
   version = emulator::shared_version;
-  auto& values = known[{emulator::current->block, descriptor}];
+  auto& values = known[{emulator::current->block, descriptor, part}];
   if (values.empty()) {
     values.resize(16 * rows);
     const Operand<T> operand(descriptor);
@@ -60,7 +65,7 @@ inline const float* decoded(uint64_t descriptor, int rows, bool transposed) {
         elements[k] = transposed ? operand.column(n, k) : operand.row(n, k);
       uint32_t words[8];
       std::memcpy(words, elements, sizeof(words));
-      const Floats row = widen<T>(words);
+      const Floats row = widen<T>(words, part);
       const int own = n / 8 * 2 + n % 2;
       for (int k = 0; k < 16; ++k) values[(n % 8 / 2 * 16 + k) * (rows / 4) + own] = row[k];
     }
@@ -107,15 +112,17 @@ inline void wgmma_scores(float (&d)[kCount], uint64_t a, uint64_t b, int accumul
     const emulated::Operand<T> first(a);
     const int lane = emulator::current->lane;
     const int row = static_cast<int>(emulator::current->thread_idx.x) % 128 / 32 * 16 + lane / 4;
-    emulated::Floats rows[2];
-    for (int h = 0; h < 2; ++h) {
-      uint16_t elements[16];
-      for (int k = 0; k < 16; ++k) elements[k] = first.row(row + 8 * h, k);
-      uint32_t words[8];
-      std::memcpy(words, elements, sizeof(words));
-      rows[h] = emulated::widen<T>(words);
+    for (int part = 0; part < emulated::kParts<T>; ++part) {
+      emulated::Floats rows[2];
+      for (int h = 0; h < 2; ++h) {
+        uint16_t elements[16];
+        for (int k = 0; k < 16; ++k) elements[k] = first.row(row + 8 * h, k);
+        uint32_t words[8];
+        std::memcpy(words, elements, sizeof(words));
+        rows[h] = emulated::widen<T>(words, part);
+      }
+      emulated::multiply<kCount>(d, rows, emulated::decoded<T>(b, 2 * kCount, false, part));
     }
-    emulated::multiply<kCount>(d, rows, emulated::decoded<T>(b, 2 * kCount, false));
   });
 }
 template <typename T, int kCount>
