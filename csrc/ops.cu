@@ -225,8 +225,8 @@ struct LaunchHopper {
 };
 #endif
 
-// Which requests are decode's. It splits long keys, which the portable prefill does not; on Hopper
-// it reads them once for every most_decode_rows() rows, and prefill once for many more.
+// Which requests are decode's. It splits long keys, which the portable prefill does not; beside
+// Hopper's prefill it reads them once for every unit of rows, and prefill once for many more.
 void share_out_requests(AttentionParams& p, bool hopper_prefill, bool hopper_decode,
                         int64_t most_rows) {
   p.long_keys = 32 * 1024;

@@ -86,9 +86,9 @@ struct AttentionParams {
   // more than long_keys keys with at most long_decode_rows; the others are the prefill kernel's.
   int decode_rows, long_decode_rows, long_keys;
   int64_t most_rows;  // that a request of the decode kernel can have
-  // Of Hopper's decode kernel, 0 if its thread blocks are not in clusters, which can write into
-  // each other's shared memory: blocks of one, and units of each with which a request that is alone
-  // has a cluster for each KV head and tile of rows. See common/split.cuh.
+  // Of Hopper's decode kernel, where its thread blocks are in clusters, which can write into each
+  // other's shared memory: blocks of one (0: there are none), and units that each can have of a
+  // request that is alone for its parts to meet there. See Alone in common/split.cuh.
   int cluster, cluster_units;
   bool batch_invariant;  // results of a row do not depend on other rows
   float rescale_slack;   // of the prefill kernels: powers of two by which a maximum may grow

@@ -118,6 +118,19 @@ def test_few_queries_on_long_keys(
             assert parts.isnan().all() != own
 
 
+@FP8
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_one_request_alone(head_dim: int, fp8: bool) -> None:
+    """Its keys are split among as many blocks as have any, which meet in a cluster if they are few,
+    and among fewer where many rows are to be added up."""
+    for group in (1, 3, 8):
+        for keys in (1, 64, 65, 200, 511, 600, *(ON_GPU * (2047, 2049, 4100, 9000))):
+            Batch([(1, keys)], 2, group, head_dim, fp8=fp8).check()
+    for rows, group in ((3, 2), (2, 16), (4, 16)):
+        Batch([(rows, 1500)], 1, group, head_dim, fp8=fp8).check()
+    Batch([(2, 700)], 1, 8, head_dim, fp8=fp8).check(softcap=3.0, window=(300, -1))
+
+
 @pytest.mark.parametrize("group", [1, 3])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_last_tiles_split_by_rows(head_dim: int, group: int) -> None:

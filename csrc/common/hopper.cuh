@@ -13,7 +13,7 @@ __device__ inline void mbarrier_init(uint64_t* barrier, int arrivals) {
                "r"(arrivals)
                : "memory");
 }
-// Makes initialised barriers visible to asynchronous copies.
+// Makes initialised barriers visible to asynchronous copies, and to other blocks of the cluster.
 __device__ inline void mbarrier_fence_init() {
   asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
 }
@@ -134,7 +134,7 @@ cudaError_t launch_overlapping(const Launch<Parameters>& launch, const Parameter
   return cudaLaunchKernelEx(&config, launch.kernel, parameters);
 }
 
-// Clusters of so many blocks that run at the same time on this device; 0 if that is not known.
+// Clusters of so many blocks that run at the same time on this device; 0 if it has none.
 template <typename Parameters>
 int most_clusters(const Launch<Parameters>& launch) {
   cudaLaunchAttribute attribute;
@@ -147,8 +147,10 @@ int most_clusters(const Launch<Parameters>& launch) {
   config.attrs = &attribute;
   config.numAttrs = 1;
   int clusters = 0;
-  return cudaOccupancyMaxActiveClusters(&clusters, launch.kernel, &config) == cudaSuccess ? clusters
-                                                                                          : 0;
+  if (cudaOccupancyMaxActiveClusters(&clusters, launch.kernel, &config) == cudaSuccess)
+    return clusters;
+  cudaGetLastError();  // or whoever asks next would have it
+  return 0;
 }
 
 // Copies the box at these coordinates (innermost first) to shared memory; its bytes count towards

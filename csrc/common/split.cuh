@@ -22,10 +22,13 @@ namespace sparsek {
 // begins late would end long after decode.
 constexpr float kSpare = 8;
 
-// The keys of a request that is alone are split evenly, if so, among as many thread blocks for each
-// KV head and tile of rows, and no more of them than have keys. Units without keys fill up the last
-// share. A block then has one segment. If a cluster can have them, and they are few, its blocks
-// have those of a KV head and tile of rows.
+// How the keys of a request that is alone are split.
+//
+// kEvenly: among as many thread blocks for each KV head and tile of rows, and no more of them than
+// have keys. Units without keys fill up the last share. A block then has one segment.
+//
+// kInClusters: likewise, but if its units are few (AttentionParams::cluster_units), the blocks of a
+// cluster have those of one KV head and tile of rows, all of them a share.
 enum class Alone { kAsOthers, kEvenly, kInClusters };
 
 // Of other blocks' parts a thread block adds up so many rows in the time that a unit takes.
@@ -48,12 +51,14 @@ struct RequestUnits {
     // Rows that see no key have a unit too: somebody must write their zeros.
     key_units = max(1, (keys.end - keys_begin + kUnitKeys - 1) / kUnitKeys);
     if (kAlone != Alone::kAsOthers && p.batch == 1 && row_tiles > 0) {
-      in_cluster =
-          kAlone == Alone::kInClusters && key_units > 1 && key_units <= p.cluster * p.cluster_units;
       const int all = static_cast<int>(gridDim.x) / (row_tiles * p.kv_heads);
-      // More parts are more to add up: fewest are units of a block and rows to add together.
-      const float rows_a_unit = kRowsAddedAUnit / static_cast<float>(min(kRows, request.rows));
-      const int most = static_cast<int>(sqrtf(static_cast<float>(key_units) * rows_a_unit)) + 1;
+      in_cluster = kAlone == Alone::kInClusters && key_units > 1 && all >= p.cluster &&
+                   key_units <= p.cluster * p.cluster_units;
+      // More parts are more to add up: the units of a block and the rows of parts, in its time,
+      // are least with so many. (All threads have to agree.)
+      const float rows = static_cast<float>(min(kRows, request.rows));
+      const float square = __fdiv_rn(static_cast<float>(key_units) * kRowsAddedAUnit, rows);
+      const int most = static_cast<int>(__fsqrt_rn(square)) + 1;
       const int blocks = in_cluster ? p.cluster : max(1, min(all, most));
       const int each = (key_units + blocks - 1) / blocks;
       key_units = in_cluster ? each * blocks : (key_units + each - 1) / each * each;
@@ -179,9 +184,9 @@ class Share {
     return false;
   }
 
-  int size;   // units a thread block
-  int block;  // of those that have a share
-  bool in_cluster = false;
+  int size;                 // units a thread block
+  int block;                // of those that have a share
+  bool in_cluster = false;  // the other parts of this block's rows are those of its cluster
 
  private:
   __device__ void take(int total, int own) {

@@ -1,7 +1,9 @@
 // Attention of few queries a request over long keys on Hopper: split KV, with K and V brought by
 // the tensor memory accelerator (TMA).
 //
-// common/split.cuh says how the work is shared out. One thread block a multiprocessor: producer
+// common/split.cuh says how the work is shared out, and how parts meet through L2; those of a
+// request that is alone and short meet in the shared memory of clusters. One thread block a
+// multiprocessor: producer
 // warps, in turn, run ahead through the block's whole share, across segments, and keep a ring of
 // units in shared memory full. Two groups of four consumer warps take units in turn, each warp 16
 // keys, or 32 of fp8 where it has the registers: as many bytes. Where there are more rows than a
@@ -165,10 +167,11 @@ __device__ inline void first_operand(uint32_t (&a)[4], const uint32_t (&loaded)[
   }
 }
 
-// The blocks of a cluster add up what each has of the same rows: a piece of the sums, which a warp
-// has of each block's, is one block's, into whose shared memory the others write theirs. Quicker
-// than through L2 by 2 us. Consumers' threads come here once; those that have a row with four
-// neighbours of its sum, its maximum and its sum of weights.
+// The blocks of a cluster add up what each has of the same rows, quicker than through L2 by 2 us.
+// The sums are cut into pieces of 128 floats, a warp's; piece i is block i % kCluster's: all blocks
+// write theirs into its shared memory, and one of its warps adds them up. It waits for all that is
+// written to it, so that it cannot end before. Consumers' threads come here once, those that have a
+// row (has_row) with four neighbours of its sums, its maximum and its sum of weights.
 template <typename S, int kHeadDim, typename F>
 __device__ void meet_in_cluster(Shared<S, kHeadDim>& shared, const F& finish, bool has_row,
                                 float peak, float sum, float4 value) {
@@ -535,7 +538,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     constexpr int kPasses = (kRows * kHeadDim + 4 * kConsumers - 1) / (4 * kConsumers);
     float4 values[kPasses] = {};
-    float peaks[kPasses], sums[kPasses] = {};
+    float peaks[kPasses] = {}, sums[kPasses] = {};
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
       const int i = 4 * (thread + pass * kConsumers), row = i / kHeadDim, column = i % kHeadDim;
@@ -559,6 +562,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (share.in_cluster) {
         static_assert(kPasses == 1);
         const int row = 4 * thread / kHeadDim;
+        __syncwarp();
         cluster_wait();  // for the barriers of all
         return meet_in_cluster<S>(shared, finish, row < segment.rows, peaks[0], sums[0], values[0]);
       }
@@ -572,6 +576,21 @@ __global__ void __launch_bounds__(kThreads, 1)
     finish.template meet<kConsumers>(thread, kConsumerBarrier, shared.meeting);
     barrier_sync<kConsumers>(kConsumerBarrier);  // row_maxima and meeting are free again
   }
+}
+
+// Clusters that run at the same time. It is asked for once a device: even those of a kind differ,
+// by which of their parts work.
+template <typename Memory>
+int clusters_of_device(void (*kernel)(DecodeParams), int multiprocessors) {
+  constexpr int kMostDevices = 64;
+  static int known[kMostDevices];  // one more than that; launches are one at a time
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kMostDevices) return 0;
+  if (known[device] == 0) {
+    const Launch<DecodeParams> one{kernel, kCluster, kThreads, sizeof(Memory), kCluster};
+    known[device] = 1 + std::min(most_clusters(one), multiprocessors / kCluster);
+  }
+  return known[device] - 1;
 }
 
 template <typename T, typename KV, int kHeadDim, int kTiles, bool kGeneral, bool kWide>
@@ -608,26 +627,21 @@ cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(sizeof(Memory)));
   if (error != cudaSuccess) return error;
-  Launch<DecodeParams> launch{kernel, p.multiprocessors, kThreads, sizeof(Memory)};
-  if constexpr (S::kClusters) {
-    // With a batch of one. With more than their rings hold, those blocks alone would not keep
-    // memory busy, nor, if they are few, with that.
-    const int64_t tiles = (p.most_rows + S::kRows - 1) / S::kRows * p.kv_heads;
-    if (p.batch == 1 && p.keys_a_pair == 0 && tiles * kCluster <= p.multiprocessors) {
-      launch.cluster = kCluster;
-      static const int clusters = most_clusters(launch);  // of the first device: they are alike
-      if (tiles <= clusters) {
-        launch.blocks = clusters * kCluster;
-        d.attention.cluster = kCluster;
-        const int half = p.multiprocessors / 2;
-        const int units = (S::kStages * static_cast<int>(tiles) * kCluster + half - 1) / half;
-        d.attention.cluster_units = std::min(units, S::kStages);
-      } else {
-        launch.cluster = 1;
-      }
+  Launch<DecodeParams> grid{kernel, p.multiprocessors, kThreads, sizeof(Memory)};
+  const int64_t tiles = (p.most_rows + S::kRows - 1) / S::kRows * p.kv_heads;
+  if (S::kClusters && p.batch == 1 && p.keys_a_pair == 0 && tiles * kCluster <= p.multiprocessors) {
+    const int clusters = clusters_of_device<Memory>(kernel, p.multiprocessors);
+    if (tiles <= clusters) {
+      grid.cluster = kCluster;
+      grid.blocks = clusters * kCluster;
+      d.attention.cluster = kCluster;
+      // Of long keys these blocks alone would not keep memory busy. They do where all of each
+      // one's share fits its ring and they are half of the multiprocessors; fewer get less.
+      const int half = p.multiprocessors / 2, blocks = static_cast<int>(tiles) * kCluster;
+      d.attention.cluster_units = std::min((S::kStages * blocks + half - 1) / half, S::kStages);
     }
   }
-  return launch_overlapping(launch, d, stream);
+  return launch_overlapping(grid, d, stream);
 }
 
 }  // namespace

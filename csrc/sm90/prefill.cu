@@ -51,8 +51,8 @@ constexpr float kUnseen = -FLT_MAX;  // the maximum of a row that has seen no ke
 #define SPARSEK_HOPPER_STAGES 0
 #endif
 
-// How many warpgroups a block can have that compute; it has one, two, or the most. Those that widen
-// fp8 take a third one's registers, and so do sums of longer rows.
+// How many warpgroups a block can have that compute; it has one, two, or the most. The one that
+// widens fp8 takes another one's registers, and so do sums of longer rows.
 constexpr int most_groups(int head_dim, bool fp8, bool softcap) {
   if (head_dim > 128 || (fp8 && head_dim > 64)) return 2;
   return head_dim == 128 || fp8 ? 3 : softcap ? 2 : 4;

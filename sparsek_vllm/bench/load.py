@@ -1,8 +1,8 @@
 """Servers under load: vLLM's own ``vllm bench serve`` against our backend and FLASH_ATTN.
 
 Both servers are alive side by side and take the load in turn; on several GPUs, or where they do not
-fit on one, one after the other. They have random weights of a known
-model's shape and CUDA graphs. The demo model lends its tokenizer.
+fit on one, one after the other. They have random weights of a known model's shape and CUDA graphs.
+The demo model lends its tokenizer.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def run(
         "compilation_config": compilation_config,
     }
     longest = max(load.prompt + load.answer for load in loads)
-    groups = taking_turns(backends, tensor_parallel_size, engines_fit(len(backends)))
+    fit = tensor_parallel_size > 1 or engines_fit(len(backends))
+    groups = taking_turns(backends, tensor_parallel_size, fit)
     settings = (
         *("--load-format", "dummy", "--max-model-len", str(longest + 64)),
         *("--max-num-seqs", str(max(load.clients for load in loads))),

@@ -353,6 +353,7 @@ inline float __uint_as_float(unsigned x) { return __builtin_bit_cast(float, x); 
 inline float __int_as_float(int x) { return __builtin_bit_cast(float, x); }
 inline float __frcp_rn(float x) { return 1 / x; }
 inline float __fdiv_rn(float x, float y) { return x / y; }
+inline float __fsqrt_rn(float x) { return std::sqrt(x); }
 template <typename A, typename B>
 constexpr std::common_type_t<A, B> min(A a, B b) {
   return a < b ? a : b;

@@ -51,10 +51,12 @@ template <typename T>
 inline void store_async(int rank, T* to, T x, uint64_t* barrier) {
   const unsigned own = emulator::current->block->index.x, size = emulator::wave.cluster;
   if (rank < 0 || rank >= static_cast<int>(size)) emulator::fail("no such block in a cluster");
-  char* shared = emulator::wave.blocks[own / size * size + rank].shared;
-  char* target = shared + shared_address(to);
-  auto& phases = emulator::wave.phases.at(shared + shared_address(barrier));
-  emulator::wave.copies.push_back([=, &phases] {
+  auto& block = emulator::wave.blocks[own / size * size + rank];
+  if (block.cluster->round == 0) emulator::fail("a block of the cluster may not have begun");
+  char* target = block.shared + shared_address(to);
+  auto& phases = emulator::wave.phases.at(block.shared + shared_address(barrier));
+  emulator::wave.copies.push_back([=, &phases, &block] {
+    if (block.alive == 0) emulator::fail("a block of the cluster has ended");
     std::memcpy(target, &x, sizeof(x));
     phases.bytes -= sizeof(x);
     emulator::end_phase_if_complete(phases);

@@ -169,10 +169,11 @@ def test_the_kernels_that_run() -> None:
         assert launched(batch, spans=spans) == {"portable prefill", "portable decode"}
         slopes = torch.ones(8, device=CUDA)
         assert launched(batch, alibi_slopes=slopes) == {"portable prefill", f"{own_decode} decode"}
-    for head_dim in (64, 256):
+    for head_dim in (64, 192, 256):
         batch = Batch(lengths, 2, 4, head_dim, fp8=True)
-        assert launched(batch) == {f"{own} prefill", f"{own} decode"}
-        assert launched(batch, softcap=20.0) == {"portable prefill", f"{own} decode"}
+        own_decode = "portable" if head_dim == 192 else own
+        assert launched(batch) == {f"{own} prefill", f"{own_decode} decode"}
+        assert launched(batch, softcap=20.0) == {"portable prefill", f"{own_decode} decode"}
 
 
 # CUDA graphs and synchronisation
@@ -205,6 +206,20 @@ def test_graph_replays_with_new_lengths() -> None:
             torch.testing.assert_close(
                 out[b : b + 1].double(), expected, rtol=3e-2, atol=3e-2, msg=f"{lengths} {b}"
             )
+
+
+@pytest.mark.parametrize("group", [3, 4])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_graph_replays_with_other_keys_of_one_request(head_dim: int, group: int) -> None:
+    """Blocks meet in clusters or through L2, or need not meet."""
+    batch = Batch([(1, 20_000)], 4, group, head_dim)
+    graph, out = captured(batch, max_seqlen_q=1, max_seqlen_k=20_000)
+    for keys in (20_000, 1000, 64, 65, 0, 129, 5000, 1, 700, 20_000):
+        batch.kv.seq_lens.fill_(keys)
+        out.fill_(torch.nan)
+        graph.replay()
+        expected, _ = dense_oracle.attention(batch.q, batch.k[0][:keys], batch.v[0][:keys])
+        torch.testing.assert_close(out.double(), expected, rtol=3e-2, atol=3e-2, msg=str(keys))
 
 
 def test_graph_replays_with_other_query_lengths() -> None:
@@ -443,6 +458,12 @@ for head_dim in (80, 208, 400):
         batch.run()
         batch.run(softcap=10.0, window=(40, -1))
 Batch([(400, 3000)], 4, 4, 72).run()
+for head_dim in (64, 128):
+    for fp8 in (False, True):
+        for group in (1, 3, 8):
+            for keys in (200, 900):  # blocks meet in clusters
+                Batch([(1, keys)], 2, group, head_dim, fp8=fp8).run()
+        Batch([(3, 300)], 2, 4, head_dim, fp8=fp8).run(softcap=10.0)
 torch.cuda.synchronize()
 print("all launched")
 """
