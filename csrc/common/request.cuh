@@ -228,6 +228,19 @@ __device__ inline int largest_of(int largest, float x) {
   const int bits = __float_as_int(x) & 0x7fffffff;
   return max(largest, bits < 0x7f800000 ? bits : 0);
 }
+// The same of two numbers of 16 bits.
+template <typename T>
+__device__ inline int largest_of(int largest, uint32_t pair) {
+  float low, high;
+  to_floats<T>(pair, low, high);
+  return largest_of(largest_of(largest, low), high);
+}
+template <typename T>
+__device__ inline uint32_t to_half(uint32_t pair, float factor) {
+  float low, high;
+  to_floats<T>(pair, low, high);
+  return pack<__half>(low * factor, high * factor);
+}
 
 // Queries beside fp8 keys as fp16: bf16 ones by one factor for all that the warp has, and others
 // too if `across` makes of its largest one theirs. Returns the factor of their scores.
@@ -238,21 +251,13 @@ __device__ inline float fit_queries(uint32_t (&pairs)[kCount], const Across& acr
   } else {
     int largest = 0;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      float low, high;
-      to_floats<T>(pairs[i], low, high);
-      largest = largest_of(largest_of(largest, low), high);
-    }
+    for (int i = 0; i < kCount; ++i) largest = largest_of<T>(largest, pairs[i]);
 #pragma unroll
     for (int step = 1; step < 32; step *= 2)
       largest = max(largest, __shfl_xor_sync(~0u, largest, step));
     const PowerOfTwo<14> power(across(largest));  // fp16 ends at 2^16
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      float low, high;
-      to_floats<T>(pairs[i], low, high);
-      pairs[i] = pack<__half>(low * power.up, high * power.up);
-    }
+    for (int i = 0; i < kCount; ++i) pairs[i] = to_half<T>(pairs[i], power.up);
     return power.down;
   }
 }

@@ -64,21 +64,13 @@ __device__ inline void reorder_queries(char* q, float* factors) {
     if constexpr (!std::is_same_v<T, __half>) {
       int largest = 0;
 #pragma unroll
-      for (const uint32_t pair : pairs) {
-        float low, high;
-        to_floats<T>(pair, low, high);
-        largest = largest_of(largest_of(largest, low), high);
-      }
+      for (const uint32_t pair : pairs) largest = largest_of<T>(largest, pair);
 #pragma unroll
       for (int step = 1; step < kLanes; step *= 2)
         largest = max(largest, __shfl_xor_sync(~0u, largest, step));
       const PowerOfTwo<14> power(largest);  // fp16 ends at 2^16
 #pragma unroll
-      for (uint32_t& pair : pairs) {
-        float low, high;
-        to_floats<T>(pair, low, high);
-        pair = pack<__half>(low * power.up, high * power.up);
-      }
+      for (uint32_t& pair : pairs) pair = to_half<T>(pair, power.up);
       factor = power.down;
     }
     if (!has) continue;
