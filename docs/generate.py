@@ -67,6 +67,7 @@ on other GPUs they are an error. Fields that change later count from the next ca
 | `CXX` | the C++ compiler beside it |
 | `SPARSEK_BUILD` | at installation: 1 makes a missing tool an error, 0 leaves kernels out |
 | `MAX_JOBS` | compilers that run at once |
+| `SPARSEK_OBJECT_CACHE` | a folder that keeps objects: builds compile what has changed. It grows |
 | `VLLM_PLUGINS` | vLLM's: if set, it must contain `sparsek`; `sparsek_metrics` is the metric |
 | `VLLM_BATCH_INVARIANT` | vLLM's: 1 for the same bits whatever else is served |
 | `VLLM_TARGET_DEVICE` | vLLM's: must not be `cpu`, see [serving](SERVING.md) |

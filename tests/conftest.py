@@ -11,11 +11,19 @@ import pytest
 import target
 from packages import copy_tracked, wheel_of
 
+from sparsek_vllm import build
+
 # For the processes that tests start too.
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def objects_kept(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The library is built in many ways, out of much the same objects."""
+    os.environ[build.OBJECT_CACHE] = str(tmp_path_factory.mktemp("objects"))
 
 
 @pytest.fixture(scope="session")

@@ -37,8 +37,8 @@ class Model:
     architecture: str
     config: dict[str, Any]
     settings: dict[str, Any] = field(default_factory=dict)
-    # What goes with the prompts: "image", "audio", "adapter", or "twice" for all of them again. Or
-    # with the model: "eagle", a head that drafts tokens.
+    # What goes with the prompts: "image", "gemma image", "audio", "adapter", or "twice" for all of
+    # them again. Or with the model: "eagle", a head that drafts tokens.
     extra: str = ""
     # On a GPU, and how far two backends' logprobs may be apart on average.
     dtype: str = "float16"
@@ -148,6 +148,24 @@ MODELS = {
         },
         extra="image",
     ),
+    # The tokens of an image see each other.
+    "gemma 3 with images": Model(
+        "Gemma3ForConditionalGeneration",
+        {
+            "text_config": {
+                "model_type": "gemma3_text", **COMMON, **heads(4, 1, 256), "num_hidden_layers": 6,
+                "sliding_window": 96, "query_pre_attn_scalar": 24,
+            },
+            "vision_config": {
+                "model_type": "siglip_vision_model", "image_size": 112, "patch_size": 14,
+                "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+                "num_attention_heads": 2, "vision_use_head": False,
+            },
+            "mm_tokens_per_image": 64, "boi_token_index": IMAGE_TOKEN,
+            "image_token_index": IMAGE_TOKEN + 1, "eoi_token_index": IMAGE_TOKEN + 2,
+        },
+        extra="gemma image", dtype="bfloat16", bound=0.2,
+    ),
     "whisper": Model(
         "WhisperForConditionalGeneration",
         {
@@ -183,13 +201,18 @@ def build(name: str, tokenizer: Path, folder: Path) -> list[int]:
                 weight.normal_(1.0, 2.0)
             elif weight.dim() == 1:
                 weight += torch.randn_like(weight) * 0.2
+            elif key.endswith("mm_input_projection_weight"):  # drawn as zeros too
+                weight.normal_(0, 0.2)
             if "q_norm" in key or "k_norm" in key:
                 # Gemma 4 does not divide scores by the root of the head size.
                 weight.copy_(0.4 * weight if name == "gemma 4" else weight + 0.5)
     made.save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (folder / file).symlink_to(tokenizer / file)
-    writers = {"adapter": _adapter, "image": _image, "audio": _audio, "eagle": _eagle}
+    writers = {
+        "adapter": _adapter, "image": _image, "gemma image": _gemma_image, "audio": _audio,
+        "eagle": _eagle,
+    }  # fmt: skip
     if model.extra in writers:
         writers[model.extra](folder, made.config)
     config = made.config.get_text_config()
@@ -242,15 +265,20 @@ def _eagle(folder: Path, config: Any) -> None:
     save_file({**layer, "fc.weight": fc}, folder / "draft" / "model.safetensors")
 
 
-def _image(folder: Path, config: Any) -> None:
+def _name_vision_model(folder: Path) -> None:
+    """transformers has come to leave out a part of the names that released checkpoints have."""
     from safetensors.torch import load_file, save_file
-    from transformers import AutoTokenizer, CLIPImageProcessor, LlavaProcessor
 
-    # transformers has come to leave out a part of the names that LLaVA's checkpoints have.
     saved = load_file(folder / "model.safetensors")
     part = re.compile(r"vision_tower\.(?!vision_model)")
     named = {part.sub("vision_tower.vision_model.", key): value for key, value in saved.items()}
     save_file(named, folder / "model.safetensors")
+
+
+def _image(folder: Path, config: Any) -> None:
+    from transformers import AutoTokenizer, CLIPImageProcessor, LlavaProcessor
+
+    _name_vision_model(folder)
     side = config.vision_config.image_size
     LlavaProcessor(
         CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
@@ -259,6 +287,37 @@ def _image(folder: Path, config: Any) -> None:
         vision_feature_select_strategy="default",
         image_token="<repo_name>",
         num_additional_image_tokens=1,
+    ).save_pretrained(folder)
+
+
+def _gemma_image(folder: Path, config: Any) -> None:
+    """Gemma's processor, and a tokenizer with the runs of newlines that it puts around images."""
+    from tokenizers import AddedToken, Tokenizer, models
+    from transformers import Gemma3ImageProcessor, Gemma3Processor, PreTrainedTokenizerFast
+
+    _name_vision_model(folder)
+    named = ["<pad>", "<bos>", "<eos>", "<begin>", "<image>", "<end>"]
+    named += ["\n" * count for count in range(1, 5)]
+    words = named + [f"word{i}" for i in range(len(named), VOCABULARY)]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<pad>"))
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in named])
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).unlink()
+    side = config.vision_config.image_size
+    Gemma3Processor(
+        Gemma3ImageProcessor(size={"height": side, "width": side}),
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            pad_token="<pad>",
+            bos_token="<bos>",
+            eos_token="<eos>",
+            extra_special_tokens={
+                "boi_token": "<begin>",
+                "image_token": "<image>",
+                "eoi_token": "<end>",
+            },
+        ),
+        image_seq_length=config.mm_tokens_per_image,
     ).save_pretrained(folder)
 
 
@@ -295,7 +354,7 @@ def requests(extra: str) -> list[dict[str, Any]]:
             }
             for seconds, ids in zip((30, 3, 12, 7), prompts()[2:6], strict=True)
         ]
-    if extra == "image":
+    if "image" in extra:
         from PIL import Image
 
         images = [Image.fromarray(draw.integers(256, size=(56, 56, 3), dtype="u1")) for _ in "abc"]

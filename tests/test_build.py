@@ -6,6 +6,7 @@ import functools
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -205,6 +206,34 @@ def test_architectures_of_the_wheel(wheel_library: Path) -> None:
     elf = re.findall(r"sm_(\d+\w?)\.cubin", dump(wheel_library, "-lelf"))
     ptx = re.findall(r"sm_(\d+\w?)\.ptx", dump(wheel_library, "-lptx"))
     assert set(elf) == {"90", "90a", "100"} and set(ptx) == {"100"}
+
+
+def test_what_has_not_changed_is_not_compiled_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copytree(build.sources(), tmp_path / "csrc")
+    monkeypatch.setattr(build, "sources", lambda: copy)
+    tools, kept = build.find_tools(), tmp_path / "objects"
+    kept.mkdir()
+
+    def compiled(variant: build.Variant = build.DEFAULT) -> list[str]:
+        """What is compiled now, and kept from now on."""
+        text = build._ninja_file(tools, variant, ["90"], kept)
+        made = re.findall(r"^build (\S+): compile (\S+)", text, re.M)
+        for path, _ in made:
+            Path(path).touch()
+        return sorted({str(Path(source).relative_to(copy)) for _, source in made})
+
+    everything = compiled()
+    assert {"ops.cu", "sm90/decode.cu", "portable/merge.cu"} < set(everything)
+    assert compiled() == []
+    assert compiled(build.Variant(lineinfo=True)) == everything
+    with (copy / "sm90" / "decode.cu").open("a") as file:
+        file.write("// changed\n")
+    assert compiled() == ["sm90/decode.cu"]
+    with (copy / "common" / "split.cuh").open("a") as file:
+        file.write("// changed\n")
+    assert compiled() == everything
 
 
 def test_the_library_loads_without_cuda(library: Path) -> None:

@@ -18,9 +18,18 @@ import target
 
 OURS = "SPARSEK_XFORMERS"
 PEER = "CPU_ATTN"
-# LLaVA's processor needs torchvision, which vLLM's CPU build goes without; CPU_ATTN has no heads of
-# 120; the others are of CUDA.
-NOT_ON_CPU = ("llava", "heads of 120", "weights in fp8", "keys in host memory")
+# Processors of images need torchvision, which vLLM's CPU build goes without; CPU_ATTN has no heads
+# of 120; the others are of CUDA.
+NOT_ON_CPU = (
+    "llava", "gemma 3 with images", "heads of 120", "weights in fp8", "keys in host memory",
+)  # fmt: skip
+ON_CPU = (
+    "llava",
+    "gemma 3 with images",
+    "heads of 120",
+    "weights in fp8",
+    "keys in host memory",
+)
 ON_CPU = [name for name in models.MODELS if name not in NOT_ON_CPU]
 # vLLM's Mamba on CPU cannot fill a cache of prefixes.
 SETTINGS: dict[str, dict[str, Any]] = {"granite 4": {"enable_prefix_caching": False}}

@@ -41,6 +41,7 @@ constexpr int kLeastPiece = 1024;  // keys
 // That a thread's weights of a row in one key tile may add up to where the maximum is an old one;
 // above, maxima are looked for. So fp16 holds each of them.
 constexpr float kMostWeight = 32768;
+constexpr float kNear = 0.75f;       // to 0, where a series serves for tanh
 constexpr float kUnseen = -FLT_MAX;  // the maximum of a row that has seen no key
 
 // Of Config, by sparsek_vllm/build; 0 for what is best.
@@ -153,9 +154,9 @@ struct PrefillParams {
   int keys;           // that 64 rows need, by the longest request
   int most_parts;     // of split tiles, that the workspace has room for
   int own_tiles;      // one a block, its first; none if blocks begin at different times
-  // A score x with softcap is cap * tanh(scale * x / cap): here times log2(e), and as factor of x
-  // in a power of two.
-  float softcap_log2e, softcap_rate;
+  // A score x with softcap is cap * tanh(rate * x), where rate = scale / cap: here cap * log2(e),
+  // the rate, and what a score is below that is near 0.
+  float softcap_log2e, softcap_rate, near_scores;
   int always_maxima;  // are looked for, in every key tile (an int, which the loop tests as it is)
 };
 
@@ -754,7 +755,7 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
   // With softcap, tanh as 1 - 2 / (1 + exp(2x)): tanh.approx is too coarse. It grows with the
   // score, so maxima are looked for before.
   const auto capped = [&](float score) {
-    const float share = reciprocal_approx(1 + exp2_approx(score * d.softcap_rate));
+    const float share = reciprocal_approx(1 + exp2_approx(score * (2 * kLog2e * d.softcap_rate)));
     return fmaf(-2 * d.softcap_log2e, share, d.softcap_log2e);
   };
   // The warp's scores of the last key tile once more; by mma.sync, since other warps may not need
@@ -807,6 +808,23 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
       }
     }
   };
+  // Where all scores of a warp are near 0 (-inf is not) a series takes a third of the time: tanh(x)
+  // / x in powers of x^2, to 6e-7 of it (least squares, weighted until errors were even).
+  const auto capped_near = [&](float score, float less) {
+    constexpr float kSeries[] = {0.99999943f, -0.33328245f, 0.13258952f, -0.05005584f, 0.0129295f};
+    const float x = score * d.softcap_rate, square = x * x;
+    float series = kSeries[4];
+#pragma unroll
+    for (int i = 3; i >= 0; --i) series = fmaf(series, square, kSeries[i]);
+    return fmaf(x * series, d.softcap_log2e, -less);
+  };
+  const auto are_near = [&] {
+    if (kHeadDim > 128 && kGroups == 1) return false;  // there are no registers for two ways
+    float largest = 0;
+#pragma unroll
+    for (int i = 0; i < kBlockN / 2; ++i) largest = fmaxf(largest, fabsf(scores[i]));
+    return !__any_sync(~0u, !(largest < d.near_scores));
+  };
   // Rows' maxima, if scores exceed one of the warp's by more than the slack; then true, and
   // `factor` is for the sums so far.
   const auto find_maxima = [&] {
@@ -831,19 +849,28 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
     return true;
   };
   // Scores become weights, in place, with the sum of each of the two rows.
-  const auto exponentials = [&](float (&sums)[2]) {
+  const auto weigh = [&](float (&sums)[2], const auto& weight) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
 #pragma unroll
       for (int i = 0; i < kBlockN / 4; ++i) {
         float& score = scores[i / 2 * 4 + 2 * h + i % 2];
-        if (kSoftcap) {
-          score = score == -INFINITY ? 0.0f : exp2_approx(capped(score) - row_max[h]);
-        } else {
-          score = exp2_approx(fmaf(score, scale_log2e(h), -row_max[h]));
-        }
+        score = weight(score, h);
         sums[h] = i > 0 ? sums[h] + score : score;
       }
+    }
+  };
+  const auto exponentials = [&](float (&sums)[2]) {
+    if (!kSoftcap) {
+      weigh(sums, [&](float score, int h) {
+        return exp2_approx(fmaf(score, scale_log2e(h), -row_max[h]));
+      });
+    } else if (are_near()) {
+      weigh(sums, [&](float score, int h) { return exp2_approx(capped_near(score, row_max[h])); });
+    } else {
+      weigh(sums, [&](float score, int h) {
+        return score == -INFINITY ? 0.0f : exp2_approx(capped(score) - row_max[h]);
+      });
     }
   };
   // Returns whether `factor` is for the sums so far.
@@ -1187,7 +1214,9 @@ cudaError_t prefill(const AttentionParams& p, cudaStream_t stream) {
     --d.section_heads;
   if (kSoftcap) {
     d.softcap_log2e = p.softcap * kLog2e;
-    d.softcap_rate = 2 * kLog2e * p.scale / p.softcap;
+    d.softcap_rate = p.scale / p.softcap;
+    // Which of a warp's ways a score goes depends on the other rows.
+    d.near_scores = p.batch_invariant ? 0 : kNear / std::abs(d.softcap_rate);
   }
   constexpr int kMostGroups = most_groups(kHeadDim, sizeof(KV) == 1, kSoftcap);
   switch (choose_groups(d, kHeadDim, kMostGroups)) {

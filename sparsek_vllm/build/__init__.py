@@ -20,13 +20,15 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
 LIBRARY = "sparsek_kernels.so"
+# Names a folder where objects are kept: what has not changed is not compiled again.
+OBJECT_CACHE = "SPARSEK_OBJECT_CACHE"
 
 # Portable code as sm_90 and sm_100, with PTX for what comes later.
 _GENCODE = {
@@ -265,7 +267,10 @@ def build(
         raise BuildError(f"{variant} cannot be built: {problem}. {buildable()}")
     destination.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="objects-", dir=destination) as scratch:
-        (Path(scratch) / "build.ninja").write_text(_ninja_file(tools, variant, archs))
+        kept = os.environ.get(OBJECT_CACHE)
+        objects_in = Path(kept).expanduser().resolve() if kept else Path(scratch)
+        ninja_file = _ninja_file(tools, variant, archs, objects_in)
+        (Path(scratch) / "build.ninja").write_text(ninja_file)
         command = [str(tools.ninja), "-C", scratch, *_jobs()]
         run = subprocess.run(
             command, text=True, stdout=None if verbose else subprocess.PIPE, stderr=None
@@ -319,7 +324,25 @@ def objects(archs: Sequence[str], head_dims: Sequence[int] = HEAD_DIMS) -> Itera
     yield Object("ops", "ops.cu", ["-DSPARSEK_SM90"] if hopper else [], gencode)
 
 
-def _ninja_file(tools: Tools, variant: Variant, archs: Sequence[str]) -> str:
+def _object_keys(tools: Tools, flags: Sequence[str]) -> Callable[[Object], str]:
+    """Names of objects that change with all that they are made of."""
+    root = sources()
+    made_by = tools.nvcc, tools.cuda_version, tools.compiler, flags
+    common = hashlib.sha256(repr(made_by).encode())
+    for path in [*sorted(root.rglob("*.cuh")), *sorted(root.rglob("*.h"))]:
+        common.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    common.update((tools.torch / "version.py").read_bytes())
+
+    def key(part: Object) -> str:
+        digest = common.copy()
+        digest.update(repr(part).encode() + (root / part.source).read_bytes())
+        return f"{part.name}-{digest.hexdigest()[:16]}.o"
+
+    return key
+
+
+def _ninja_file(tools: Tools, variant: Variant, archs: Sequence[str], objects_in: Path) -> str:
+    """What compiles those objects that are not in ``objects_in`` yet, and links all."""
     root = sources()
     home = tools.nvcc.resolve().parent.parent
     flags = ["-std=c++17", "-O3", *variant.flags()]
@@ -345,18 +368,22 @@ def _ninja_file(tools: Tools, variant: Variant, archs: Sequence[str]) -> str:
         f"nvcc = {tools.nvcc}",
         f"flags = {' '.join(flags)}",
         "rule compile",
-        "  command = $nvcc $flags $extra -MMD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d",
+        # Whole or not there, for others that use the same folder.
+        "  command = $nvcc $flags $extra -c $in -o $out.$$$$ && mv $out.$$$$ $out",
         "rule link",
         f"  command = {tools.compiler} -shared -o $out $in {' '.join(link)}",
     ]
-    parts = list(objects(archs))
-    for part in parts:
+    key = _object_keys(tools, [*flags, *torch_flags])
+    paths = []
+    for part in objects(archs):
+        paths.append(objects_in / key(part))
+        if paths[-1].exists():
+            continue
         extra = [*part.defines, *(f"-gencode {code}" for code in part.gencode)]
         extra += torch_flags if part.name == "ops" else []
-        lines.append(f"build {part.name}.o: compile {root / part.source}")
+        lines.append(f"build {paths[-1]}: compile {root / part.source}")
         lines.append(f"  extra = {' '.join(extra)}")
-    lines.append(f"build {LIBRARY}: link {' '.join(f'{part.name}.o' for part in parts)}")
+    lines.append(f"build {LIBRARY}: link {' '.join(map(str, paths))}")
     lines.append(f"default {LIBRARY}")
     return "\n".join(lines) + "\n"
 

@@ -18,8 +18,9 @@ pytest.importorskip("vllm")
 
 OURS = "SPARSEK_XFORMERS"
 PEER = "FLASH_ATTN"
-# FlashAttention-4 alone has heads of 512, and not every build of vLLM has it.
-PEERS = {"gemma 4": "TRITON_ATTN"}
+# FlashAttention-4 alone has heads of 512 and images whose tokens see each other; not every build of
+# vLLM has it.
+PEERS = {"gemma 4": "TRITON_ATTN", "gemma 3 with images": "TRITON_ATTN"}
 
 
 def serve(
