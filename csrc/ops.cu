@@ -279,7 +279,7 @@ void run_attention(AttentionParams& p, const Tensor& q, bool fp8, const Optional
            sm90::has_tensor_map(p.k, p.kv_heads) && sm90::has_tensor_map(p.v, p.kv_heads);
   const bool hopper_prefill =
       hopper && !p.bias && !p.alibi_slopes && sm90::has_prefill(p.head_dim, fp8, p.softcap > 0);
-  const bool hopper_decode = hopper && sm90::has_decode(p.head_dim, fp8);
+  const bool hopper_decode = hopper && sm90::has_decode(p.head_dim);
 #else
   const bool hopper_prefill = false, hopper_decode = false;
 #endif

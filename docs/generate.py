@@ -201,8 +201,8 @@ What vLLM does around attention, and the test that shows it with this backend:
 | fp8 KV cache | `tests/test_vllm_engine.py` | `tests/gpu/test_vllm_features.py` |
 | torch.compile, every mode of CUDA graphs | | `tests/gpu/test_vllm_features.py` |
 | attention without a causal mask | `tests/test_vllm_attention_types.py` | |
-| images whose tokens attend to each other (Gemma 3 and 4), without a vision tower \
-| `tests/test_vllm_attention_types.py` | `tests/test_kernels.py` |
+| images whose tokens attend to each other (Gemma 3 and 4) \
+| `tests/test_vllm_attention_types.py`, without a vision tower | `tests/gpu/test_vllm_models.py` |
 | shared prefixes (cascade attention) | `tests/test_vllm_attention_types.py` \
 | `tests/gpu/test_vllm_features.py` |
 | batch invariance | `tests/test_kernels.py`, emulated | `tests/gpu/test_vllm_models.py` |

@@ -41,7 +41,10 @@ constexpr int kLeastPiece = 1024;  // keys
 // That a thread's weights of a row in one key tile may add up to where the maximum is an old one;
 // above, maxima are looked for. So fp16 holds each of them.
 constexpr float kMostWeight = 32768;
-constexpr float kNear = 0.75f;       // to 0, where a series serves for tanh
+// tanh(x) / x in powers of x^2, to 2e-6 of it for |x| < kNear (least squares, weighted until errors
+// were even).
+constexpr float kNear = 0.6f;
+constexpr float kNearSeries[] = {0.99999784f, -0.33314028f, 0.13057821f, -0.04092931f};
 constexpr float kUnseen = -FLT_MAX;  // the maximum of a row that has seen no key
 
 // Of Config, by sparsek_vllm/build; 0 for what is best.
@@ -155,8 +158,8 @@ struct PrefillParams {
   int most_parts;     // of split tiles, that the workspace has room for
   int own_tiles;      // one a block, its first; none if blocks begin at different times
   // A score x with softcap is cap * tanh(rate * x), where rate = scale / cap: here cap * log2(e),
-  // the rate, and what a score is below that is near 0.
-  float softcap_log2e, softcap_rate, near_scores;
+  // the rate, what a score is below that is near 0, and coefficients of its odd powers there.
+  float softcap_log2e, softcap_rate, near_scores, near_series[4];
   int always_maxima;  // are looked for, in every key tile (an int, which the loop tests as it is)
 };
 
@@ -808,15 +811,13 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
       }
     }
   };
-  // Where all scores of a warp are near 0 (-inf is not) a series takes a third of the time: tanh(x)
-  // / x in powers of x^2, to 6e-7 of it (least squares, weighted until errors were even).
+  // Where all scores of a warp are near 0 (-inf is not) a series takes a third of the instructions.
   const auto capped_near = [&](float score, float less) {
-    constexpr float kSeries[] = {0.99999943f, -0.33328245f, 0.13258952f, -0.05005584f, 0.0129295f};
-    const float x = score * d.softcap_rate, square = x * x;
-    float series = kSeries[4];
+    const float square = score * score;
+    float series = d.near_series[3];
 #pragma unroll
-    for (int i = 3; i >= 0; --i) series = fmaf(series, square, kSeries[i]);
-    return fmaf(x * series, d.softcap_log2e, -less);
+    for (int i = 2; i >= 0; --i) series = fmaf(series, square, d.near_series[i]);
+    return fmaf(score, series, -less);
   };
   const auto are_near = [&] {
     if (kHeadDim > 128 && kGroups == 1) return false;  // there are no registers for two ways
@@ -1217,6 +1218,10 @@ cudaError_t prefill(const AttentionParams& p, cudaStream_t stream) {
     d.softcap_rate = p.scale / p.softcap;
     // Which of a warp's ways a score goes depends on the other rows.
     d.near_scores = p.batch_invariant ? 0 : kNear / std::abs(d.softcap_rate);
+    float power = d.softcap_log2e * d.softcap_rate;
+    for (int i = 0; i < 4; ++i, power *= d.softcap_rate * d.softcap_rate)
+      d.near_series[i] = kNearSeries[i] * power;
+    if (std::abs(d.near_series[3]) < FLT_MIN) d.near_scores = 0;
   }
   constexpr int kMostGroups = most_groups(kHeadDim, sizeof(KV) == 1, kSoftcap);
   switch (choose_groups(d, kHeadDim, kMostGroups)) {

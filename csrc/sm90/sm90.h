@@ -13,10 +13,10 @@ constexpr int kMostHeadDim = 256;
 constexpr bool has_prefill(int head_dim, bool fp8, bool softcap = false) {
   return head_dim <= kMostHeadDim && !(fp8 && softcap);
 }
-// Decode is bound by copies, and those that end within a chunk of 128 bytes take as long as
-// several: the portable kernel is quicker then. (Rows of 64 bytes, of fp8, are boxes of their own.)
-constexpr bool has_decode(int head_dim, bool fp8) {
-  return head_dim <= kMostHeadDim && (head_dim == 64 || head_dim * (fp8 ? 1 : 2) % 128 == 0);
+// Decode is bound by copies: for heads that are shorter than those that it is compiled for, the
+// portable kernel is quicker.
+constexpr bool has_decode(int head_dim) {
+  return head_dim == 64 || head_dim == 128 || head_dim == 256;
 }
 // Rows that a unit of decode's work has at most. Softcap takes the registers of more.
 constexpr int most_decode_rows(int head_dim, bool softcap = false) {
