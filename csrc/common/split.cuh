@@ -32,7 +32,7 @@ constexpr float kSpare = 8;
 enum class Alone { kAsOthers, kEvenly, kInClusters };
 
 // Of other blocks' parts a thread block adds up so many rows in the time that a unit takes.
-constexpr float kRowsAddedAUnit = 100;
+constexpr float kRowsAddedAUnit = 200;
 
 // Units of one request, and how they are laid out: KV heads outermost, then tiles of rows, then
 // keys. The first unit begins at a multiple of kAlignment.
