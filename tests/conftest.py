@@ -23,7 +23,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 @pytest.fixture(scope="session", autouse=True)
 def objects_kept(tmp_path_factory: pytest.TempPathFactory) -> None:
     """The library is built in many ways, out of much the same objects."""
-    os.environ[build.OBJECT_CACHE] = str(tmp_path_factory.mktemp("objects"))
+    os.environ[build.OBJECT_CACHE] = str(tmp_path_factory.mktemp("kept objects"))
 
 
 @pytest.fixture(scope="session")

@@ -325,7 +325,7 @@ BY_HAND = [sys.executable, "-m", "sparsek_vllm.build"]
 @pytest.fixture(scope="module")
 def by_hand(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[str, str]]]:
     """A cache that two processes filled at the same time, and what they printed."""
-    folder = tmp_path_factory.mktemp("cache")
+    folder = tmp_path_factory.mktemp("a cache")
     environment = {**os.environ, "BSK_BUILD_DIR": str(folder)}
     processes = [
         subprocess.Popen(BY_HAND, env=environment, stdout=-1, stderr=-1, text=True)

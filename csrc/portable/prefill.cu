@@ -154,11 +154,10 @@ __global__ void __launch_bounds__(Shape<KV, kHeadDim, kGeneral>::kThreads,
     KeyRange common;  // keys that all rows see: they need no mask
   } constants;
   if (threadIdx.x == 0) {
-    const int first_slice = keys_begin + (keys.begin - keys_begin) / 16 * 16;
     constants = {b,
                  row0,
                  keys.begin,
-                 first_slice,
+                 keys_begin + (keys.begin - keys_begin) / 16 * 16,
                  {request.keys<kGeneral>(p, last).begin, request.keys<kGeneral>(p, first).end}};
   }
   __syncthreads();

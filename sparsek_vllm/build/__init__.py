@@ -341,6 +341,10 @@ def _object_keys(tools: Tools, flags: Sequence[str]) -> Callable[[Object], str]:
     return key
 
 
+def _for_ninja(path: Path) -> str:
+    return re.sub(r"[$ :]", r"$\g<0>", str(path))
+
+
 def _ninja_file(tools: Tools, variant: Variant, archs: Sequence[str], objects_in: Path) -> str:
     """What compiles those objects that are not in ``objects_in`` yet, and links all."""
     root = sources()
@@ -376,14 +380,15 @@ def _ninja_file(tools: Tools, variant: Variant, archs: Sequence[str], objects_in
     key = _object_keys(tools, [*flags, *torch_flags])
     paths = []
     for part in objects(archs):
-        paths.append(objects_in / key(part))
-        if paths[-1].exists():
+        path = objects_in / key(part)
+        paths.append(_for_ninja(path))
+        if path.exists():
             continue
         extra = [*part.defines, *(f"-gencode {code}" for code in part.gencode)]
         extra += torch_flags if part.name == "ops" else []
-        lines.append(f"build {paths[-1]}: compile {root / part.source}")
+        lines.append(f"build {paths[-1]}: compile {_for_ninja(root / part.source)}")
         lines.append(f"  extra = {' '.join(extra)}")
-    lines.append(f"build {LIBRARY}: link {' '.join(map(str, paths))}")
+    lines.append(f"build {LIBRARY}: link {' '.join(paths)}")
     lines.append(f"default {LIBRARY}")
     return "\n".join(lines) + "\n"
 
