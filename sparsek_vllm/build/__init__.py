@@ -324,8 +324,8 @@ def objects(archs: Sequence[str], head_dims: Sequence[int] = HEAD_DIMS) -> Itera
     yield Object("ops", "ops.cu", ["-DSPARSEK_SM90"] if hopper else [], gencode)
 
 
-def _object_keys(tools: Tools, flags: Sequence[str]) -> Callable[[Object], str]:
-    """Names of objects that change with all that they are made of."""
+def _object_names(tools: Tools, flags: Sequence[str]) -> Callable[[Object], str]:
+    """File names of objects, which change with all that they are made of."""
     root = sources()
     made_by = tools.nvcc, tools.cuda_version, tools.compiler, flags
     common = hashlib.sha256(repr(made_by).encode())
@@ -333,12 +333,12 @@ def _object_keys(tools: Tools, flags: Sequence[str]) -> Callable[[Object], str]:
         common.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     common.update((tools.torch / "version.py").read_bytes())
 
-    def key(part: Object) -> str:
+    def name(part: Object) -> str:
         digest = common.copy()
         digest.update(repr(part).encode() + (root / part.source).read_bytes())
         return f"{part.name}-{digest.hexdigest()[:16]}.o"
 
-    return key
+    return name
 
 
 def _for_ninja(path: Path) -> str:
@@ -377,10 +377,10 @@ def _ninja_file(tools: Tools, variant: Variant, archs: Sequence[str], objects_in
         "rule link",
         f"  command = {tools.compiler} -shared -o $out $in {' '.join(link)}",
     ]
-    key = _object_keys(tools, [*flags, *torch_flags])
+    name_of = _object_names(tools, [*flags, *torch_flags])
     paths = []
     for part in objects(archs):
-        path = objects_in / key(part)
+        path = objects_in / name_of(part)
         paths.append(_for_ninja(path))
         if path.exists():
             continue
