@@ -23,13 +23,6 @@ PEER = "CPU_ATTN"
 NOT_ON_CPU = (
     "llava", "gemma 3 with images", "heads of 120", "weights in fp8", "keys in host memory",
 )  # fmt: skip
-ON_CPU = (
-    "llava",
-    "gemma 3 with images",
-    "heads of 120",
-    "weights in fp8",
-    "keys in host memory",
-)
 ON_CPU = [name for name in models.MODELS if name not in NOT_ON_CPU]
 # vLLM's Mamba on CPU cannot fill a cache of prefixes.
 SETTINGS: dict[str, dict[str, Any]] = {"granite 4": {"enable_prefix_caching": False}}

@@ -157,8 +157,8 @@ struct PrefillParams {
   int keys;           // that 64 rows need, by the longest request
   int most_parts;     // of split tiles, that the workspace has room for
   int own_tiles;      // one a block, its first; none if blocks begin at different times
-  // A score x with softcap is cap * tanh(rate * x), where rate = scale / cap: here cap * log2(e),
-  // the rate, what a score is below that is near 0, and coefficients of its odd powers there.
+  // A score x with softcap is cap * tanh(scale * x / cap): here times log2(e), and as factor of x
+  // in a power of two; what a score is below that is near 0, and factors of its odd powers there.
   float softcap_log2e, softcap_rate, near_scores, near_series[4];
   int always_maxima;  // are looked for, in every key tile (an int, which the loop tests as it is)
 };
@@ -758,7 +758,7 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
   // With softcap, tanh as 1 - 2 / (1 + exp(2x)): tanh.approx is too coarse. It grows with the
   // score, so maxima are looked for before.
   const auto capped = [&](float score) {
-    const float share = reciprocal_approx(1 + exp2_approx(score * (2 * kLog2e * d.softcap_rate)));
+    const float share = reciprocal_approx(1 + exp2_approx(score * d.softcap_rate));
     return fmaf(-2 * d.softcap_log2e, share, d.softcap_log2e);
   };
   // The warp's scores of the last key tile once more; by mma.sync, since other warps may not need
@@ -811,7 +811,7 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
       }
     }
   };
-  // Where all scores of a warp are near 0 (-inf is not) a series takes a third of the instructions.
+  // Where all scores of a warp are near 0 (-inf is not): one special function a weight, not three.
   const auto capped_near = [&](float score, float less) {
     const float square = score * score;
     float series = d.near_series[3];
@@ -1215,12 +1215,12 @@ cudaError_t prefill(const AttentionParams& p, cudaStream_t stream) {
     --d.section_heads;
   if (kSoftcap) {
     d.softcap_log2e = p.softcap * kLog2e;
-    d.softcap_rate = p.scale / p.softcap;
+    d.softcap_rate = 2 * kLog2e * p.scale / p.softcap;
+    const float rate = p.scale / p.softcap;
     // Which of a warp's ways a score goes depends on the other rows.
-    d.near_scores = p.batch_invariant ? 0 : kNear / std::abs(d.softcap_rate);
-    float power = d.softcap_log2e * d.softcap_rate;
-    for (int i = 0; i < 4; ++i, power *= d.softcap_rate * d.softcap_rate)
-      d.near_series[i] = kNearSeries[i] * power;
+    d.near_scores = p.batch_invariant ? 0 : kNear / std::abs(rate);
+    float power = d.softcap_log2e * rate;
+    for (int i = 0; i < 4; ++i, power *= rate * rate) d.near_series[i] = kNearSeries[i] * power;
     if (std::abs(d.near_series[3]) < FLT_MIN) d.near_scores = 0;
   }
   constexpr int kMostGroups = most_groups(kHeadDim, sizeof(KV) == 1, kSoftcap);

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 LIBRARY = "sparsek_kernels.so"
 # Names a folder where objects are kept: what has not changed is not compiled again.
@@ -236,12 +236,16 @@ def _find_program(name: str) -> Path | None:
     return Path(found) if found else None
 
 
+def _add_files(digest: Any, root: Path, *patterns: str) -> None:
+    for pattern in patterns:
+        for path in sorted(root.rglob(pattern)):
+            digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+
+
 def key(tools: Tools, variant: Variant, archs: Sequence[str]) -> str:
     """Name of a build: changes with the sources, the compiler and the flags."""
     digest = hashlib.sha256()
-    root = sources()
-    for path in sorted(root.rglob("*.[ch]u*")) + sorted(root.rglob("*.h")):
-        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    _add_files(digest, sources(), "*.[ch]u*", "*.h")
     digest.update(Path(__file__).read_bytes())  # the rest of the flags
     made_by = tools.cuda_version, str(tools.compiler), variant, sorted(archs)
     digest.update(repr(made_by).encode())
@@ -329,8 +333,7 @@ def _object_names(tools: Tools, flags: Sequence[str]) -> Callable[[Object], str]
     root = sources()
     made_by = tools.nvcc, tools.cuda_version, tools.compiler, flags
     common = hashlib.sha256(repr(made_by).encode())
-    for path in [*sorted(root.rglob("*.cuh")), *sorted(root.rglob("*.h"))]:
-        common.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    _add_files(common, root, "*.cuh", "*.h")
     common.update((tools.torch / "version.py").read_bytes())
 
     def name(part: Object) -> str:
