@@ -396,7 +396,9 @@ void varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
   p.softcap = static_cast<float>(softcap);
   // Large enough for any position, small enough that no sum overflows.
   const int64_t unlimited = int64_t{1} << 30;
-  p.max_seqlen_k = static_cast<int>(std::clamp<int64_t>(max_seqlen_k, 1, unlimited));
+  const int64_t of_table = block_table ? block_table->size(1) * k.size(1) : unlimited;
+  p.max_seqlen_k =
+      static_cast<int>(std::max<int64_t>(1, std::min({max_seqlen_k, of_table, unlimited})));
   p.window_left = static_cast<int>(window_left < unlimited ? window_left : -1);
   p.window_right = static_cast<int>(window_right < unlimited ? window_right : -1);
 

@@ -140,6 +140,13 @@ def test_last_tiles_split_by_rows(head_dim: int, group: int) -> None:
     Batch([(rows, rows + 30)] * requests, heads, group, head_dim).check()
 
 
+@pytest.mark.parametrize("requests", [30, 31, 700])
+def test_many_requests(requests: int) -> None:
+    """With two more, as many as a warp counts by itself, one more, and more than a block has threads."""
+    lengths = [(n % 3, n * 7 % 41 + n % 3) for n in range(requests)]
+    Batch([*lengths, (70, 90), (1, 700)], 1, 2, 64).check()
+
+
 @FP8
 @pytest.mark.parametrize("head_dim", [64, 128, *[256] * (ON_GPU or HOPPER)])
 def test_decodes_beside_prompts(head_dim: int, fp8: bool) -> None:

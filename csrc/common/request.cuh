@@ -65,6 +65,18 @@ struct Request {
     offset = start + (p.q_offsets ? p.q_offsets[b] : keys - queries);
   }
 
+  // That of another lane of the warp.
+  __device__ Request of_lane(int lane) const {
+    Request other;
+    other.index = __shfl_sync(~0u, index, lane);
+    other.q_begin = __shfl_sync(~0u, q_begin, lane);
+    other.rows = __shfl_sync(~0u, rows, lane);
+    other.start = __shfl_sync(~0u, start, lane);
+    other.end = __shfl_sync(~0u, end, lane);
+    other.offset = __shfl_sync(~0u, offset, lane);
+    return other;
+  }
+
   __device__ bool is_decode(const AttentionParams& p) const {
     return rows <= (end - start > p.long_keys ? p.long_decode_rows : p.decode_rows);
   }
@@ -108,21 +120,45 @@ struct Request {
   }
 };
 
-// The sum over this thread and those before it. All threads of the block come here.
-template <int kThreads>
-__device__ inline int inclusive_sum(int thread, int own, int (&warp_sums)[kThreads / 32]) {
-  const int warp = thread / 32, lane = thread % 32;
+// Lengths, and beginnings of block tables, come to L2, while the kernel before ends: what it may
+// yet write is not read. By one warp of each block.
+__device__ inline void prefetch_tables(const AttentionParams& p, int lane) {
+  constexpr int kLine = 32;  // integers
+#pragma unroll 1
+  for (int i = lane * kLine; i <= p.batch; i += 32 * kLine) {
+    if (p.cu_seqlens_q) prefetch_to_l2(p.cu_seqlens_q + i);
+    if (p.seq_lens && i < p.batch) prefetch_to_l2(p.seq_lens + i);
+    if (p.k_starts && i < p.batch) prefetch_to_l2(p.k_starts + i);
+  }
+  if (!p.block_table) return;
+  // A lane has a line. If there are fewer, several blocks have the same: some begin late.
+  const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
+  const int of_table = p.block_divisor(p.max_seqlen_k - 1) / kLine + 1;
+  const int of_row = max(1, min(of_table, 32 * blocks / p.batch));
+  const int line = (block + lane * (blocks + 1)) % (of_row * p.batch), row = line / of_row;
+  prefetch_to_l2(p.block_table + row * p.block_table_stride + (line - row * of_row) * kLine);
+}
+
+// The sum over this lane and those before it.
+__device__ inline int inclusive_sum(int lane, int own) {
   int sum = own;
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
     const int other = __shfl_up_sync(~0u, sum, step);
     if (lane >= step) sum += other;
   }
-  if (lane == 31) warp_sums[warp] = sum;
+  return sum;
+}
+// The sum over the warps before this one, from each one's own, all of which are in `warp_sums`
+// then. All threads of the block come here.
+template <int kThreads>
+__device__ inline int sum_of_warps_before(int thread, int own, int (&warp_sums)[kThreads / 32]) {
+  if (thread % 32 == 0) warp_sums[thread / 32] = own;
   __syncthreads();
+  int sum = 0;
 #pragma unroll
   for (int w = 0; w < kThreads / 32; ++w) {
-    if (w < warp) sum += warp_sums[w];
+    if (w < thread / 32) sum += warp_sums[w];
   }
   return sum;
 }

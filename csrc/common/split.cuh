@@ -36,12 +36,9 @@ constexpr float kRowsAddedAUnit = 200;
 
 // Units of one request, and how they are laid out: KV heads outermost, then tiles of rows, then
 // keys. The first unit begins at a multiple of kAlignment.
-template <int kRows, int kUnitKeys, int kAlignment, Alone kAlone, bool kSpans>
+template <int kRows, int kUnitKeys, int kAlignment, bool kSpans>
 struct RequestUnits {
   int row_tiles, key_units, keys_begin;
-  int total;      // 2^31 units would be 2^37 tokens of a KV head
-  int share = 0;  // of a block, if the request is alone
-  bool in_cluster = false;
 
   __device__ RequestUnits(const AttentionParams& p, const Request& request) {
     row_tiles = (request.rows + kRows - 1) / kRows;
@@ -50,26 +47,16 @@ struct RequestUnits {
     keys_begin = keys.begin & ~(kAlignment - 1);
     // Rows that see no key have a unit too: somebody must write their zeros.
     key_units = max(1, (keys.end - keys_begin + kUnitKeys - 1) / kUnitKeys);
-    if (kAlone != Alone::kAsOthers && p.batch == 1 && row_tiles > 0) {
-      const int all = static_cast<int>(gridDim.x) / (row_tiles * p.kv_heads);
-      in_cluster = kAlone == Alone::kInClusters && key_units > 1 && all >= p.cluster &&
-                   key_units <= p.cluster * p.cluster_units;
-      // More parts are more to add up: the units of a block and the rows of parts, in its time,
-      // are least with so many. (All threads have to agree.)
-      const float rows = static_cast<float>(min(kRows, request.rows));
-      const float square = __fdiv_rn(static_cast<float>(key_units) * kRowsAddedAUnit, rows);
-      const int most = static_cast<int>(__fsqrt_rn(square)) + 1;
-      const int blocks = in_cluster ? p.cluster : max(1, min(all, most));
-      const int each = (key_units + blocks - 1) / blocks;
-      key_units = in_cluster ? each * blocks : (key_units + each - 1) / each * each;
-      if (blocks > 1) share = each;
-    }
-    total = row_tiles * key_units * p.kv_heads;
+  }
+
+  __device__ int total(const AttentionParams& p) const {
+    return row_tiles * key_units * p.kv_heads;  // 2^31 units would be 2^37 tokens of a KV head
   }
 };
 
 struct Segment {
   int request, kv_head, row0, rows;  // rows row0 to row0 + rows - 1 of the request
+  int q_begin;                       // the request's first query
   KeyRange keys;                     // that any of the rows sees
   int key0, key1;                    // this segment's part of them: from a unit's first key on
   int begin, end;                    // its units
@@ -80,52 +67,56 @@ struct Segment {
 // one, together; they do not always meet there.
 template <int kThreads, int kRows, int kUnitKeys, int kAlignment, Alone kAlone, bool kSpans>
 class Share {
-  using Units = RequestUnits<kRows, kUnitKeys, kAlignment, kAlone, kSpans>;
+  using Units = RequestUnits<kRows, kUnitKeys, kAlignment, kSpans>;
 
  public:
   struct Scratch {  // in shared memory
-    int warp_sums[kThreads / 32], before, request;
+    int warp_sums[kThreads / 32], before;
+    Request request;
     float warp_pairs[kThreads / 32];
   };
 
   __device__ Share(const AttentionParams& p, Scratch& scratch) {
     const int thread = threadIdx.x;
     if (kAlone != Alone::kAsOthers && p.batch == 1) {
-      const Units units(p, Request(p, 0));
-      const int blocks = static_cast<int>(gridDim.x);
-      size = units.share > 0 ? units.share : (units.total + blocks - 1) / blocks;
-      in_cluster = units.in_cluster;
-      take(units.total, static_cast<int>(blockIdx.x));
-      request_ = before_ = 0;
+      share_out_alone(p);
       return;
     }
     // Each thread sums the units of some consecutive requests; a scan over the threads then tells
-    // the total and who holds this block's first unit.
+    // the total and who holds this block's first unit. Of few requests each warp does so by itself.
+    const bool by_warps = p.batch <= 32;
     const int requests_each = (p.batch + kThreads - 1) / kThreads;
-    const int b0 = min(p.batch, thread * requests_each), b1 = min(p.batch, b0 + requests_each);
+    const int b0 = min(p.batch, by_warps ? thread % 32 : thread * requests_each);
+    const int b1 = min(p.batch, b0 + requests_each);
     int own = 0;
     float pairs = 0;  // of prefill's requests
+    Request request;
 #pragma unroll 1
     for (int b = b0; b < b1; ++b) {
-      const Request request(p, b);
-      own += Units(p, request).total;
+      request = Request(p, b);
+      own += Units(p, request).total(p);
       if (p.keys_a_pair > 0 && !request.is_decode(p)) pairs += request.pairs(p);
     }
     if (p.keys_a_pair > 0) {
 #pragma unroll
       for (int step = 16; step > 0; step /= 2) pairs += __shfl_xor_sync(~0u, pairs, step);
-      if (thread % 32 == 0) scratch.warp_pairs[thread / 32] = pairs;
+      if (!by_warps && thread % 32 == 0) scratch.warp_pairs[thread / 32] = pairs;
     }
-    const int inclusive = inclusive_sum<kThreads>(thread, own, scratch.warp_sums);
-    int total = 0;
+    int inclusive = inclusive_sum(thread % 32, own), total = __shfl_sync(~0u, inclusive, 31);
+    if (!by_warps) {
+      inclusive += sum_of_warps_before<kThreads>(thread, total, scratch.warp_sums);
+      total = 0;
 #pragma unroll
-    for (int w = 0; w < kThreads / 32; ++w) total += scratch.warp_sums[w];
+      for (int w = 0; w < kThreads / 32; ++w) total += scratch.warp_sums[w];
+    }
     const int all = static_cast<int>(gridDim.x);
     int blocks = all, own_block = static_cast<int>(blockIdx.x);
     if (p.keys_a_pair > 0) {
-      pairs = 0;
+      if (!by_warps) {
+        pairs = 0;
 #pragma unroll
-      for (int w = 0; w < kThreads / 32; ++w) pairs += scratch.warp_pairs[w];
+        for (int w = 0; w < kThreads / 32; ++w) pairs += scratch.warp_pairs[w];
+      }
       const float keys = static_cast<float>(max(total, 1)) * kUnitKeys;
       const float needed = p.keys_a_pair * pairs * static_cast<float>(p.kv_heads) / keys;
       const int third = all / 3;
@@ -139,12 +130,19 @@ class Share {
     size = (total + blocks - 1) / blocks;
     take(total, own_block);
     if (empty()) return;
-    if (unit_ < inclusive && unit_ >= inclusive - own) {
-      int request = b0;
-      int before = inclusive - own;
-      for (int n; before + (n = units_of(p, request)) <= unit_; ++request) before += n;
-      scratch.request = request;
-      scratch.before = before;
+    const bool holds_first = unit_ < inclusive && unit_ >= inclusive - own;
+    if (by_warps) {
+      const int lane = __ffs(static_cast<int>(__ballot_sync(~0u, holds_first))) - 1;
+      request_ = request.of_lane(lane);
+      before_ = __shfl_sync(~0u, inclusive - own, lane);
+      return;
+    }
+    if (holds_first) {
+      before_ = inclusive - own;
+      request_ = Request(p, b0);
+      find_request(p);
+      scratch.request = request_;
+      scratch.before = before_;
     }
     __syncthreads();
     request_ = scratch.request;
@@ -155,33 +153,30 @@ class Share {
 
   // The next segment; false behind the last.
   __device__ bool next(const AttentionParams& p, Segment& segment) {
-    while (!empty()) {
-      const Request request(p, request_);
-      const Units units(p, request);
-      if (unit_ >= before_ + units.total) {
-        before_ += units.total;
-        ++request_;
-        continue;
-      }
-      const int within = unit_ - before_;
-      const int head_and_tile = within / units.key_units;
-      segment.request = request_;
-      segment.kv_head = head_and_tile / units.row_tiles;
-      segment.row0 = (head_and_tile - segment.kv_head * units.row_tiles) * kRows;
-      segment.rows = min(kRows, request.rows - segment.row0);
-      segment.whole_begin = before_ + head_and_tile * units.key_units;
-      segment.whole_end = segment.whole_begin + units.key_units;
-      segment.begin = unit_;
-      segment.end = min(segment.whole_end, end_);
-      segment.keys = request.keys<kSpans>(p, p.group_divisor(segment.row0),
-                                          p.group_divisor(segment.row0 + segment.rows - 1));
-      segment.key0 = units.keys_begin + (unit_ - segment.whole_begin) * kUnitKeys;
-      segment.key1 =
-          min(segment.keys.end, units.keys_begin + (segment.end - segment.whole_begin) * kUnitKeys);
-      unit_ = segment.end;
-      return true;
-    }
-    return false;
+    if (empty()) return false;
+    // The portable kernel, whose requests are kAsOthers, has no registers to keep one.
+    if (kAlone == Alone::kAsOthers) request_ = Request(p, request_.index);
+    const Units units = find_request(p);
+    const Request& request = request_;
+    const int within = unit_ - before_;
+    const int head_and_tile = within / units.key_units;
+    segment.request = request.index;
+    segment.q_begin = request.q_begin;
+    // (A division takes as long as everything else here.)
+    segment.kv_head = units.row_tiles == 1 ? head_and_tile : head_and_tile / units.row_tiles;
+    segment.row0 = (head_and_tile - segment.kv_head * units.row_tiles) * kRows;
+    segment.rows = min(kRows, request.rows - segment.row0);
+    segment.whole_begin = before_ + head_and_tile * units.key_units;
+    segment.whole_end = segment.whole_begin + units.key_units;
+    segment.begin = unit_;
+    segment.end = min(segment.whole_end, end_);
+    segment.keys = request.keys<kSpans>(p, p.group_divisor(segment.row0),
+                                        p.group_divisor(segment.row0 + segment.rows - 1));
+    segment.key0 = units.keys_begin + (unit_ - segment.whole_begin) * kUnitKeys;
+    segment.key1 =
+        min(segment.keys.end, units.keys_begin + (segment.end - segment.whole_begin) * kUnitKeys);
+    unit_ = segment.end;
+    return true;
   }
 
   int size;                 // units a thread block
@@ -194,13 +189,48 @@ class Share {
     unit_ = own * size;
     end_ = min(total, unit_ + size);
   }
-  __device__ static int units_of(const AttentionParams& p, int b) {
-    return Units(p, Request(p, b)).total;
+  // Goes on to the request that has the next unit.
+  __device__ Units find_request(const AttentionParams& p) {
+    for (;; request_ = Request(p, request_.index + 1)) {
+      Units units(p, request_);
+      if (kAlone != Alone::kAsOthers && p.batch == 1) units.key_units = lone_key_units_;
+      const int total = units.total(p);
+      if (unit_ < before_ + total) return units;
+      before_ += total;
+    }
   }
 
+  // See Alone.
+  __device__ void share_out_alone(const AttentionParams& p) {
+    request_ = Request(p, 0);
+    before_ = 0;
+    Units units(p, request_);
+    const int blocks = static_cast<int>(gridDim.x);
+    int share = 0;  // of a block
+    if (units.row_tiles > 0) {
+      const int all = blocks / (units.row_tiles * p.kv_heads);
+      in_cluster = kAlone == Alone::kInClusters && units.key_units > 1 && all >= p.cluster &&
+                   units.key_units <= p.cluster * p.cluster_units;
+      // More parts are more to add up: the units of a block and the rows of parts, in its time,
+      // are least with so many.
+      const float rows = static_cast<float>(min(kRows, request_.rows));
+      const float square = static_cast<float>(units.key_units) * kRowsAddedAUnit / rows;
+      const int most = static_cast<int>(sqrtf(square)) + 1;
+      const int parts = in_cluster ? p.cluster : max(1, min(all, most));
+      const int each = (units.key_units + parts - 1) / parts;
+      units.key_units = (in_cluster ? parts : (units.key_units + each - 1) / each) * each;
+      if (parts > 1) share = each;
+    }
+    lone_key_units_ = units.key_units;
+    const int total = units.total(p);
+    size = share > 0 ? share : (total + blocks - 1) / blocks;
+    take(total, static_cast<int>(blockIdx.x));
+  }
+
+  int lone_key_units_;
   int unit_, end_;
-  int request_;
-  int before_;  // units of the requests before it
+  Request request_;  // that has the next unit
+  int before_;       // units of the requests before it
 };
 
 // Ends segments: from sums over the keys of one to rows of the output, or to parts in the
@@ -242,7 +272,7 @@ struct Finish {
     if (column >= p.head_dim) return;
     const int r = segment.row0 + row, query = p.group_divisor(r);
     const int head = segment.kv_head * p.group + r - query * p.group;
-    const int64_t token = int64_t{first_query(p, segment.request)} + query;
+    const int64_t token = int64_t{segment.q_begin} + query;
     const RowState state =
         finish_row(p, peak * (kGeneral ? 1.0f : exponent_scale * kLn2), sum, head);
     uint2* destination = reinterpret_cast<uint2*>(

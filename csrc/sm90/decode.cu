@@ -42,9 +42,7 @@ struct Shape {
   // Of 16 keys, of a warp in a unit: as many as there are registers for.
   static constexpr int kKeyTiles = kFp8 && kHeadDim * kTiles < 256 ? 2 : 1;
   static constexpr int kGroupKeys = 16 * kKeyTiles, kUnitKeys = kWarpsOfGroup * kGroupKeys;
-  static constexpr int kRowBytes = sizeof(KV) * kHeadDim;  // of a key
-  static constexpr int kChunkOfRow = kRowBytes < kChunkBytes ? kRowBytes : kChunkBytes;
-  static constexpr int kChunkElements = kChunkOfRow / sizeof(KV);
+  static constexpr int kRowBytes = sizeof(KV) * kHeadDim;       // of a key
   static constexpr int kUnitBytes = 2 * kRowBytes * kUnitKeys;  // and values
   static constexpr int kStages = kRingBytes / kUnitBytes;
   // A group that is ahead would take the stage of another for its own, one round later.
@@ -62,11 +60,11 @@ using OwnShare = Share<kThreads, S::kRows, S::kUnitKeys, S::kUnitKeys,
 template <typename S, int kHeadDim>
 struct Shared {
   static constexpr int kRows = S::kRows;
-  static constexpr int kMeetingFloats = kWarpsOfGroup * kRows * kPitch<kHeadDim>;
+  static constexpr int kMeetingFloats = kWarps * S::kRowsOfGroup * kPitch<kHeadDim>;
 
   char ring[kRingBytes];
   float meeting[kMeetingFloats];  // warps' sums
-  float row_maxima[kWarps][kRows], row_sums[kWarps][kRows];
+  alignas(16) float row_maxima[kRows][kWarps], row_sums[kRows][kWarps];
   Segment segments[kWarps];
   uint64_t full[S::kStages], empty[S::kStages];
   typename OwnShare<S>::Scratch scratch;
@@ -84,7 +82,6 @@ struct DecodeParams {
   AttentionParams attention;
   int box_keys, box_keys_log2;  // that one copy brings
   bool joined;                  // a copy by `k` brings keys and values
-  int copies;                   // of a box's keys, and of its values: one, or one a chunk
 };
 
 // Brings every second unit of the block's share, for the producer of that number.
@@ -125,14 +122,9 @@ __device__ void produce(const DecodeParams& d, Share& share, int number, char* r
         if (lane < boxes) {
           const int box_bytes = S::kRowBytes << d.box_keys_log2;
           char* k = ring + stage * S::kUnitBytes + lane * 2 * box_bytes;
-#pragma unroll 1
-          for (int i = 0; i < d.copies; ++i, k += S::kChunkOfRow << d.box_keys_log2) {
-            const int element = i * S::kChunkElements;
-            tensor_copy(k, &d.k, &full[stage], element, token, 0, segment.kv_head, block);
-            if (!d.joined)
-              tensor_copy(k + box_bytes, &d.v, &full[stage], element, token, 0, segment.kv_head,
-                          block);
-          }
+          tensor_copy(k, &d.k, &full[stage], 0, token, 0, segment.kv_head, block);
+          if (!d.joined)
+            tensor_copy(k + box_bytes, &d.v, &full[stage], 0, token, 0, segment.kv_head, block);
         }
       }
       turn = turn + 1 == kProducers ? 0 : turn + 1;
@@ -236,6 +228,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (S::kClusters) mbarrier_init(&shared.arrived, 1);
     mbarrier_fence_init();
   }
+  if (warp == kWarps) prefetch_tables(p, lane);
   // The barriers are known to all from here on; nothing of this reads what a kernel has written.
   __syncthreads();
   if (S::kClusters && p.cluster > 0) cluster_arrive();
@@ -293,17 +286,13 @@ __global__ void __launch_bounds__(kThreads, 1)
       const int query = query_of(group_row + 8 * t + lane / 4);
       const int head = head_of(group_row + 8 * t + lane / 4, query);
       const T* source = static_cast<const T*>(p.q) +
-                        (int64_t{request.q_begin} + query) * p.q_stride_token +
+                        (int64_t{segment.q_begin} + query) * p.q_stride_token +
                         head * p.q_stride_head + kPair * (lane % 4);
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          // Of fp8 both are within 16 dimensions, of which head_dim is a multiple then.
-          const bool inside = 16 * step + (S::kFp8 ? 0 : 8 * j) < p.head_dim;
-          q[t][step][j] =
-              inside ? *reinterpret_cast<const uint32_t*>(source + 16 * step + kSecond * j) : 0;
-        }
+        for (int j = 0; j < 2; ++j)
+          q[t][step][j] = *reinterpret_cast<const uint32_t*>(source + 16 * step + kSecond * j);
       }
     }
     float score_factor = 1;
@@ -331,7 +320,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       const auto attend = [&](auto count) {
         constexpr int kCount = decltype(count)::value;
         const uint32_t offset = stage * S::kUnitBytes;
-        float scores[kCount][S::kKeyTiles][4] = {};
+        // The products of one tile wait for each other: of one alone two sums are made.
+        constexpr bool kTwoSums = kCount * S::kKeyTiles == 1;
+        float scores[kCount][S::kKeyTiles][4] = {}, second[4] = {};
 #pragma unroll
         for (int m = 0; m < S::kKeyTiles; ++m) {
 #pragma unroll
@@ -346,9 +337,14 @@ __global__ void __launch_bounds__(kThreads, 1)
               first_operand<S, false>(k, loaded, which);
 #pragma unroll
               for (int t = 0; t < kCount; ++t)
-                mma<M>(scores[t][m], k, q[t][step][0], q[t][step][1]);
+                mma<M>(kTwoSums && step % 2 ? second : scores[t][m], k, q[t][step][0],
+                       q[t][step][1]);
             }
           }
+        }
+        if (kTwoSums) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) scores[0][0][i] += second[i];
         }
         if (kGeneral || key < common.begin || key + S::kGroupKeys > common.end) {
           const Request own_request(p, segment.request);  // again: registers are short
@@ -475,8 +471,11 @@ __global__ void __launch_bounds__(kThreads, 1)
 
     __syncwarp();
     segment = shared.segments[warp];
-    // The warps' sums meet: first their maxima, then the last group's sums, to which the others
-    // add their own.
+    // The warps' sums meet, those of a row from all warps that had it.
+    const auto sums_of = [&](int warp, int row) {
+      const int own = wide ? row % S::kRowsOfGroup : row;
+      return shared.meeting + (warp * S::kRowsOfGroup + own) * kPitch<kHeadDim>;
+    };
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
@@ -486,76 +485,51 @@ __global__ void __launch_bounds__(kThreads, 1)
         sum += __shfl_xor_sync(~0u, sum, 4);
         sum += __shfl_xor_sync(~0u, sum, 8);
         sum += __shfl_xor_sync(~0u, sum, 16);
+        const int row = group_row + 8 * t + 2 * (lane % 4) + c;
         if (lane < 4) {
-          const int row = group_row + 8 * t + 2 * lane + c;
-          shared.row_maxima[warp][row] = row_max[t][c];
-          shared.row_sums[warp][row] = sum;
+          shared.row_maxima[row][warp] = row_max[t][c];
+          shared.row_sums[row][warp] = sum;
+        }
+        if (row >= segment.rows) continue;
+        float* own_sums = sums_of(warp, row);
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+            own_sums[16 * step + (S::kFp8 ? 2 * (lane / 4) + half : 8 * half + lane / 4)] =
+                out[t][step][c + 2 * half];
         }
       }
     }
     barrier_sync<kConsumers>(kConsumerBarrier);
+    int own_thread = thread;
+    recompute(own_thread);  // or addresses would be kept from before the loop
     const Finish<T, kHeadDim, kRows, kGeneral> finish{p, segment, share.size, share.block,
                                                       kGeneral ? kLog2e : 1.0f};
-    // The warps that have a part of a row, and the first of them.
-    const int warps_of_row = wide ? kWarpsOfGroup : kWarps;
-    const auto first_warp = [&](int row) {
-      return wide ? row / S::kRowsOfGroup * kWarpsOfGroup : 0;
-    };
-    const auto peak_of = [&](int row) {
-      float peak = -INFINITY;
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w)
-        if (w < warps_of_row) peak = fmaxf(peak, shared.row_maxima[first_warp(row) + w][row]);
-      return peak;
-    };
-    float* own_sums = shared.meeting + warp_of_group * kRows * kPitch<kHeadDim>;
-    const auto exchange = [&](bool adds) {
-#pragma unroll
-      for (int t = 0; t < kTiles; ++t) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const int row = group_row + 8 * t + 2 * (lane % 4) + c;
-          if (row >= segment.rows) continue;
-          const float factor = finish.weight(row_max[t][c], peak_of(row));
-#pragma unroll
-          for (int step = 0; step < kSteps; ++step) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              const int dimension =
-                  16 * step + (S::kFp8 ? 2 * (lane / 4) + half : 8 * half + lane / 4);
-              float& sum = own_sums[row * kPitch<kHeadDim> + dimension];
-              const float own = factor * out[t][step][c + 2 * half];
-              sum = adds ? sum + own : own;
-            }
-          }
-        }
-      }
-    };
-#pragma unroll
-    for (int g = kGroups - 1; g >= 0; --g) {
-      if (wide ? g == 0 : group == g) exchange(!wide && g < kGroups - 1);
-      barrier_sync<kConsumers>(kConsumerBarrier);
-    }
     constexpr int kPasses = (kRows * kHeadDim + 4 * kConsumers - 1) / (4 * kConsumers);
     float4 values[kPasses] = {};
     float peaks[kPasses] = {}, sums[kPasses] = {};
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
-      const int i = 4 * (thread + pass * kConsumers), row = i / kHeadDim, column = i % kHeadDim;
+      const int i = 4 * (own_thread + pass * kConsumers), row = i / kHeadDim, column = i % kHeadDim;
       if (row >= segment.rows) break;
-      peaks[pass] = peak_of(row);
+      // The warps that have a part of the row, and the first of them.
+      const int warps = wide ? kWarpsOfGroup : kWarps;
+      const int first = wide ? row / S::kRowsOfGroup * kWarpsOfGroup : 0;
+      float maxima[kWarps], peak = -INFINITY;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
-        const int own = first_warp(row) + w;
-        if (w < warps_of_row)
-          sums[pass] +=
-              finish.weight(shared.row_maxima[own][row], peaks[pass]) * shared.row_sums[own][row];
+        maxima[w] = w < warps ? shared.row_maxima[row][first + w] : -INFINITY;
+        peak = fmaxf(peak, maxima[w]);
       }
+      peaks[pass] = peak;
 #pragma unroll
-      for (int w = 0; w < kWarpsOfGroup; ++w) {
-        finish.add(values[pass], 1.0f,
-                   *reinterpret_cast<const float4*>(shared.meeting +
-                                                    (w * kRows + row) * kPitch<kHeadDim> + column));
+      for (int w = 0; w < kWarps; ++w) {
+        if (w >= warps) break;
+        const float factor = finish.weight(maxima[w], peak);
+        sums[pass] += factor * shared.row_sums[row][first + w];
+        finish.add(values[pass], factor,
+                   *reinterpret_cast<const float4*>(sums_of(first + w, row) + column));
       }
     }
     if constexpr (S::kClusters) {
@@ -569,7 +543,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
-      const int i = 4 * (thread + pass * kConsumers), row = i / kHeadDim, column = i % kHeadDim;
+      const int i = 4 * (own_thread + pass * kConsumers), row = i / kHeadDim, column = i % kHeadDim;
       if (row >= segment.rows) break;
       finish.leave(row, column, peaks[pass], sums[pass], values[pass]);
     }
@@ -608,17 +582,13 @@ cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
   d.attention.arrivals += int64_t{p.multiprocessors} * kWorkspaceCounters;
   d.box_keys = box_keys(p, S::kUnitKeys);
   while (1 << d.box_keys_log2 < d.box_keys) ++d.box_keys_log2;
-  const bool whole = p.head_dim == kHeadDim;
-  d.copies = whole ? 1 : S::kRowBytes / S::kChunkOfRow;
   d.joined =
-      whole &&
       static_cast<const char*>(p.v.data) == static_cast<const char*>(p.k.data) + S::kRowBytes &&
       p.v.stride_block == p.k.stride_block && p.v.stride_token == p.k.stride_token &&
       p.v.stride_head == p.k.stride_head;
   const int row_bytes = d.joined ? 2 * S::kRowBytes : S::kRowBytes;
   const auto map = [&](CUtensorMap* to, const KVTensor& tensor) {
-    return whole ? make_row_map<KV>(to, tensor, p.kv_heads, row_bytes, d.box_keys)
-                 : make_chunk_map<KV>(to, tensor, p, S::kChunkElements, d.box_keys);
+    return make_row_map<KV>(to, tensor, p.kv_heads, row_bytes, d.box_keys);
   };
   cudaError_t error = map(&d.k, p.k);
   if (error == cudaSuccess && !d.joined) error = map(&d.v, p.v);

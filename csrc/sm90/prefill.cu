@@ -149,10 +149,14 @@ struct Shared {
 };
 
 struct PrefillParams {
-  CUtensorMap k, v, q;
+  CUtensorMap k, v, q, out;
   AttentionParams attention;
   int box_keys;
   bool query_boxes;   // a tile of queries is a box of `q`
+  bool output_boxes;  // and what a warp makes of its rows is one of `out`
+  // What tiles are follows from parameters alone: the first can be found while the kernel before
+  // ends.
+  bool known_tiles;
   int section_heads;  // KV heads whose tiles go together
   int keys;           // that 64 rows need, by the longest request
   int most_parts;     // of split tiles, that the workspace has room for
@@ -224,7 +228,9 @@ __device__ void count_tiles(const AttentionParams& p, Shared<S>& shared) {
 #pragma unroll 1
   for (int b = thread * each; b < min(p.batch, (thread + 1) * each); ++b)
     own += tiles_of<S::kBlockM>(p, b);
-  shared.tiles_up_to[thread] = inclusive_sum<S::kThreads>(thread, own, shared.warp_sums);
+  const int inclusive = inclusive_sum(thread % 32, own), of_warp = __shfl_sync(~0u, inclusive, 31);
+  shared.tiles_up_to[thread] =
+      inclusive + sum_of_warps_before<S::kThreads>(thread, of_warp, shared.warp_sums);
   __syncthreads();
 }
 
@@ -385,6 +391,7 @@ struct Loader {
 
   // All tiles of the block.
   __device__ void run() {
+    if (d.known_tiles) wait_for_previous_kernel();
     for (Place<2> tiles;; tiles.advance()) {
       mbarrier_wait(&shared.tile_full[tiles.index], tiles.phase);
       const Tile<S::kGroups>& tile = shared.tiles[tiles.index];
@@ -486,6 +493,7 @@ __device__ void load_queries(const PrefillParams& d, Shared<S>& shared, int thre
   if (thread == 0 && d.own_tiles == 0) id = next_id();
   if (thread == 0)
     shared.split = best_split(d, shared.tiles_up_to[S::kThreads - 1] * p.kv_heads, S::kGroups);
+  bool waits = d.known_tiles;
   for (Place<2> tiles;; tiles.advance()) {
     Tile<S::kGroups>& tile = shared.tiles[tiles.index];
     if (thread < 32) {
@@ -499,6 +507,8 @@ __device__ void load_queries(const PrefillParams& d, Shared<S>& shared, int thre
       for (int i = thread; i < kWords; i += 32)
         reinterpret_cast<int*>(&tile)[i] = reinterpret_cast<const int*>(&shared.found)[i];
       warp_arrive(&shared.tile_full[tiles.index]);
+      if (waits) wait_for_previous_kernel();
+      waits = false;
       if (thread == 0 && shared.found.request.index != kEnd) id = next_id();
       // The tile before has the other entry, of the phase before if that is the second.
       if (S::kQueryPlaces == 1)
@@ -910,10 +920,18 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
     v_place = k_place;
   };
 
+  // Rows that leave by way of their queries' place: that is free once they have been read from it.
+  bool leaving = false;
+  const auto release_queries = [&] {
+    if (!leaving) return;
+    if (thread_of_group() % 32 == 0) tensor_store_wait_read();
+    warp_arrive(&shared.q_empty[q_place.index ^ 1]);
+    leaving = false;
+  };
   for (;; q_place.advance()) {
     mbarrier_wait(&shared.q_full[q_place.index], q_place.phase);
     const Tile<kGroups>& tile = shared.tiles[q_place.index];
-    if (tile.request.index == kEnd) return;
+    if (tile.request.index == kEnd) break;
     if constexpr (S::kFp8) {
       split_queries<T, S>(own_queries(), thread_of_group() / 32 * 16, score_factor);
       fence_for_async();
@@ -954,41 +972,44 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
       mask_if_needed(0);
       softmax(true);
       pack_weights();
+    }
+    release_queries();
 #pragma unroll 1
-      for (int i = 1; i < count; ++i) {
-        k_place.advance();
-        mbarrier_wait(&shared.k_full[k_place.index], k_place.phase);
-        wgmma_fence();
-        issue_scores();
-        mbarrier_wait(&shared.v_full[v_place.index], v_place.phase);
-        wgmma_fence();
-        issue_values();
-        wgmma_wait<1>();
-        after_wait(scores);
-        if (kAlwaysMaxima) warp_arrive(&shared.k_empty[k_place.index]);
-        const bool masked = mask_if_needed(i);
-        const bool rescale = softmax(masked || kAlwaysMaxima || d.always_maxima);
-        if (kAlwaysMaxima) {
-          before_wait(row_sum[0] + row_sum[1]);  // else the vote on the sums does that
-        } else {
-          warp_arrive(&shared.k_empty[k_place.index]);
-        }
-        wgmma_wait<0>();
-        after_wait(out);
-        warp_arrive(&shared.v_empty[v_place.index]);
-        v_place = k_place;
-        if (rescale) {
-#pragma unroll
-          for (int j = 0; j < kHeadDim / 2; ++j) out[j] *= factor[j / 2 % 2];
-        }
-        pack_weights();
+    for (int i = 1; i < count; ++i) {
+      k_place.advance();
+      mbarrier_wait(&shared.k_full[k_place.index], k_place.phase);
+      wgmma_fence();
+      issue_scores();
+      mbarrier_wait(&shared.v_full[v_place.index], v_place.phase);
+      wgmma_fence();
+      issue_values();
+      wgmma_wait<1>();
+      after_wait(scores);
+      if (kAlwaysMaxima) warp_arrive(&shared.k_empty[k_place.index]);
+      const bool masked = mask_if_needed(i);
+      const bool rescale = softmax(masked || kAlwaysMaxima || d.always_maxima);
+      if (kAlwaysMaxima) {
+        before_wait(row_sum[0] + row_sum[1]);  // else the vote on the sums does that
+      } else {
+        warp_arrive(&shared.k_empty[k_place.index]);
       }
+      wgmma_wait<0>();
+      after_wait(out);
+      warp_arrive(&shared.v_empty[v_place.index]);
+      v_place = k_place;
+      if (rescale) {
+#pragma unroll
+        for (int j = 0; j < kHeadDim / 2; ++j) out[j] *= factor[j / 2 % 2];
+      }
+      pack_weights();
     }
     const int rows = tile.request.rows, q_begin = tile.request.q_begin, kv_head = tile.kv_head;
     const int first_row = tile.row0 + own_row(), lane = thread_of_group() % 32;
     const int piece = tile.piece, pieces = tile.pieces;
     const int number = tile.number, first_part = tile.first_part;
-    warp_arrive(&shared.q_empty[q_place.index]);
+    leaving =
+        S::kQueryPlaces > 1 && d.output_boxes && pieces == 1 && tile.row0 + group_row + 64 <= rows;
+    if (!leaving) warp_arrive(&shared.q_empty[q_place.index]);
     if (count > 0) {
       mbarrier_wait(&shared.v_full[v_place.index], v_place.phase);
       wgmma_fence();
@@ -1036,6 +1057,33 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
         !parts.leave(piece, p.arrivals + number * 4 * kGroups + warp, out, row_max, row_sum))
       continue;
     if (!early) finish_rows();
+    if (leaving) {
+      const int thread = thread_of_group(), warp_row = thread / 32 * 16;
+      char* place = own_queries() + warp_row * kChunkBytes;
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 8; i += 2) {
+        uint32_t pairs[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const float* two = &out[4 * (i + j / 2) + j % 2 * 2];
+          pairs[j] = pack<T>(two[0] * row_factor[j % 2], two[1] * row_factor[j % 2]);
+        }
+        store_matrices(shared_address(place + i / 8 * (S::kBlockM * kChunkBytes)) +
+                           tile_offset<kChunkBytes>(thread % 16, i % 8 + thread % 32 / 16),
+                       pairs);
+      }
+      fence_for_async();
+      __syncwarp();
+      if (thread % 32 == 0) {
+        const int token = q_begin + p.group_divisor(first_row);
+#pragma unroll
+        for (int chunk = 0; chunk < S::kChunks; ++chunk)
+          tensor_store(&d.out, place + chunk * (S::kBlockM * kChunkBytes), 0, 0, token, chunk,
+                       kv_head);
+        tensor_store_commit();
+      }
+      continue;
+    }
     T* destination[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -1079,6 +1127,7 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
       }
     }
   }
+  if (thread_of_group() % 32 == 0) tensor_store_wait();
 }
 
 template <typename T, typename KV, int kHeadDim, bool kSoftcap, int kGroups>
@@ -1091,6 +1140,7 @@ __global__ void __launch_bounds__(Shape<KV, kHeadDim, kGroups>::kThreads, 1)
     prefetch_tensor_map(&d.k);
     prefetch_tensor_map(&d.v);
     if (d.query_boxes) prefetch_tensor_map(&d.q);
+    if (d.output_boxes) prefetch_tensor_map(&d.out);
     constexpr int kWarps = 4 * kGroups;  // that compute
     for (int i = 0; i < 2; ++i) {
       mbarrier_init(&shared.tile_full[i], kWarpArrivals);
@@ -1109,11 +1159,12 @@ __global__ void __launch_bounds__(Shape<KV, kHeadDim, kGroups>::kThreads, 1)
     mbarrier_init(&shared.landed, 1);
     mbarrier_fence_init();
   }
+  if (threadIdx.x / 32 == 1) prefetch_tables(d.attention, static_cast<int>(threadIdx.x) % 32);
   // Decode, if that is the kernel before, has waited for all that both read.
   const bool beside_decode = d.attention.keys_a_pair > 0;
   if (beside_decode) {
     acquire_writes();
-  } else {
+  } else if (!d.known_tiles) {
     wait_for_previous_kernel();
   }
   allow_next_kernel();
@@ -1164,9 +1215,13 @@ cudaError_t launch(PrefillParams& d, cudaStream_t stream) {
   static_assert(part_floats(4 * kGroups, kHeadDim) <= kWorkspaceFloats);
   cudaError_t error = make_chunk_map<KV>(&d.k, p.k, p, S::kBoxElements, d.box_keys);
   if (error == cudaSuccess) error = make_chunk_map<KV>(&d.v, p.v, p, S::kBoxElements, d.box_keys);
-  d.query_boxes = has_query_map(p, kHeadDim);
+  const RowTensor queries{p.q, p.q_stride_token, p.q_stride_head};
+  const RowTensor output{p.out, p.out_stride_token, p.out_stride_head};
+  d.query_boxes = has_rows_map(queries, p, kHeadDim, 64);
+  d.output_boxes = has_rows_map(output, p, kHeadDim, 16);
   if (error == cudaSuccess && d.query_boxes)
-    error = make_query_map<T>(&d.q, p, kHeadDim, S::kBlockM);
+    error = make_rows_map<T>(&d.q, queries, p, S::kBlockM, S::kChunks);
+  if (error == cudaSuccess && d.output_boxes) error = make_rows_map<T>(&d.out, output, p, 16, 1);
   if (error != cudaSuccess) return error;
   const auto kernel = prefill_kernel<T, KV, kHeadDim, kSoftcap, kGroups>;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
@@ -1204,6 +1259,7 @@ cudaError_t prefill(const AttentionParams& p, cudaStream_t stream) {
   d.attention = p;
   d.keys = static_cast<int>(most_keys(p, 64 / p.group + 1));
   d.own_tiles = p.keys_a_pair > 0 ? 0 : p.multiprocessors;
+  d.known_tiles = !p.cu_seqlens_q && !p.seq_lens && !p.k_starts && !p.q_offsets && !p.block_table;
   // When they are looked for depends on the other rows of a warp.
   d.always_maxima = p.batch_invariant;
   // Without a causal mask tiles are alike, and blocks drift apart: heads whose keys and values stay

@@ -92,25 +92,32 @@ cudaError_t make_chunk_map(CUtensorMap* map, const KVTensor& tensor, const Atten
                         {elements, box_keys, 1, 1, 1});
 }
 
-// Whether tiles of 64 rows and its multiples are boxes of queries: they hold whole tokens, and all
-// of each chunk.
-inline bool has_query_map(const AttentionParams& p, int head_dim) {
-  return p.head_dim == head_dim && 64 % p.group == 0 &&
-         fits_tensor_map(p.total_q, p.q_stride_token) &&
-         fits_tensor_map(p.group, p.q_stride_head) &&
-         fits_tensor_map(p.kv_heads, p.group * p.q_stride_head);
+// Queries, or what attention gives for them.
+struct RowTensor {
+  const void* data;
+  int64_t stride_token, stride_head;
+};
+
+// Whether boxes can have so many rows of a KV head: they hold whole tokens, and all of each chunk.
+inline bool has_rows_map(const RowTensor& tensor, const AttentionParams& p, int head_dim,
+                         int rows) {
+  return p.head_dim == head_dim && rows % p.group == 0 &&
+         fits_tensor_map(p.total_q, tensor.stride_token) &&
+         fits_tensor_map(p.group, tensor.stride_head) &&
+         fits_tensor_map(p.kv_heads, p.group * tensor.stride_head);
 }
 
-// Of queries as [KV head, chunk, token, head of the group, element of the chunk]. A copy brings so
-// many rows, one chunk after the other.
+// As [KV head, chunk, token, head of the group, element of the chunk]. A copy brings so many rows
+// of so many chunks, one chunk after the other.
 template <typename T>
-cudaError_t make_query_map(CUtensorMap* map, const AttentionParams& p, int head_dim, int rows) {
+cudaError_t make_rows_map(CUtensorMap* map, const RowTensor& tensor, const AttentionParams& p,
+                          int rows, int chunks) {
   constexpr int64_t kBytes = sizeof(T);
   constexpr int kElements = kChunkBytes / kBytes;
-  const int chunks = head_dim / kElements;
-  return encode_map<T>(map, p.q, {kElements, p.group, p.total_q, chunks, p.kv_heads},
-                       {kBytes * p.q_stride_head, kBytes * p.q_stride_token, kChunkBytes,
-                        kBytes * p.group * p.q_stride_head},
+  return encode_map<T>(map, tensor.data,
+                       {kElements, p.group, p.total_q, p.head_dim / kElements, p.kv_heads},
+                       {kBytes * tensor.stride_head, kBytes * tensor.stride_token, kChunkBytes,
+                        kBytes * p.group * tensor.stride_head},
                        {kElements, p.group, rows / p.group, chunks, 1});
 }
 

@@ -73,6 +73,8 @@ struct Thread {
   uint64_t waits_round = 0;
   std::deque<std::vector<Copy>> copies{{}};  // committed groups, then the open one
   std::deque<std::vector<std::function<void()>>> products{{}};  // of wgmma, likewise
+  Barrier stores;  // to global memory, by the tensor memory accelerator: counts those made
+  uint64_t stores_begun = 0, stores_committed = 0;
   jmp_buf at;
 };
 
@@ -234,6 +236,8 @@ inline void run_wave(std::vector<Thread>& threads, std::vector<Warp>& warps) {
     thread.waits_for = nullptr;
     thread.copies.assign(1, {});
     thread.products.assign(1, {});
+    thread.stores = {};
+    thread.stores_begun = thread.stores_committed = 0;
   }
   std::vector<int> ready, alive(count);
   std::iota(alive.begin(), alive.end(), 0);
@@ -338,6 +342,13 @@ inline bool __any_sync(unsigned, bool value) {
   const auto* all = emulator::exchange(emulator::Words{{value}});
   return std::any_of(all, all + 32, [](const auto& lane) { return lane.word[0] != 0; });
 }
+inline unsigned __ballot_sync(unsigned, bool value) {
+  const auto* all = emulator::exchange(emulator::Words{{value}});
+  unsigned bits = 0;
+  for (int lane = 0; lane < 32; ++lane) bits |= unsigned{all[lane].word[0] != 0} << lane;
+  return bits;
+}
+inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int atomicAdd(int* address, int value) {
   const int old = *address;
   *address += value;
@@ -353,7 +364,6 @@ inline float __uint_as_float(unsigned x) { return __builtin_bit_cast(float, x); 
 inline float __int_as_float(int x) { return __builtin_bit_cast(float, x); }
 inline float __frcp_rn(float x) { return 1 / x; }
 inline float __fdiv_rn(float x, float y) { return x / y; }
-inline float __fsqrt_rn(float x) { return std::sqrt(x); }
 template <typename A, typename B>
 constexpr std::common_type_t<A, B> min(A a, B b) {
   return a < b ? a : b;

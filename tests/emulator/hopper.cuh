@@ -8,7 +8,7 @@ namespace emulator {
 
 // What the host's cuTensorMapEncodeTiled puts into a CUtensorMap.
 struct TensorMap {
-  const char* data;
+  char* data;
   uint64_t strides[4];
   uint32_t sizes[5], element_bytes, row_bytes;  // the last of a box
   uint16_t box[5];
@@ -63,46 +63,86 @@ inline void store_async(int rank, T* to, T x, uint64_t* barrier) {
   });
 }
 
-// Rows of 128 or 64 bytes, one behind the other; the swizzle is of the address.
+// Calls f with each 16 bytes of a box: where they lie behind the box's place in shared memory, and
+// in the tensor, or null outside of that. Rows of 128 or 64 bytes lie one behind the other; the
+// swizzle is of the address.
+template <typename F>
+void for_pieces(const emulator::TensorMap& tensor, const int64_t (&at)[5], const F& f) {
+  const int64_t row_begin = at[0] * tensor.element_bytes;
+  const int64_t row_end = int64_t{tensor.sizes[0]} * tensor.element_bytes;
+  int64_t rows = 1;
+  for (int i = 1; i < 5; ++i) rows *= tensor.box[i];
+  for (int64_t row = 0; row < rows; ++row) {
+    bool inside = true;
+    char* start = tensor.data;
+    int64_t rest = row;
+    for (int i = 1; i < 5; ++i) {
+      const int64_t index = at[i] + rest % tensor.box[i];
+      rest /= tensor.box[i];
+      inside &= index >= 0 && index < tensor.sizes[i];
+      start += index * static_cast<int64_t>(tensor.strides[i - 1]);
+    }
+    for (uint32_t piece = 0; piece < tensor.row_bytes / 16; ++piece) {
+      const int64_t offset = row * tensor.row_bytes + 16 * piece;
+      const int64_t from = row_begin + 16 * piece;
+      f(offset ^ (offset >> 3 & (tensor.row_bytes == 64 ? 0x30 : 0x70)),
+        inside && from >= 0 && from < row_end ? start + from : nullptr);
+    }
+  }
+}
+
+// The place of a box in shared memory, and how many bytes it has.
+inline char* box_place(const emulator::TensorMap& tensor, const void* place, int64_t& bytes) {
+  bytes = tensor.row_bytes;
+  for (int i = 1; i < 5; ++i) bytes *= tensor.box[i];
+  const uint32_t base = shared_address(place);
+  if (base % 1024) emulator::fail("a swizzled box is not aligned to 1024 bytes");
+  return emulator::at_shared(base, static_cast<size_t>(bytes));
+}
+
 inline void tensor_copy(void* destination, const CUtensorMap* map, uint64_t* barrier, int c0,
                         int c1, int c2, int c3, int c4) {
   emulator::TensorMap tensor;
   std::memcpy(&tensor, map, sizeof(tensor));
   auto& phases = emulator::wave.phases.at(barrier);
-  const uint32_t base = shared_address(destination);
-  char* to = emulator::at_shared(base, size_t{tensor.row_bytes} * tensor.box[1] * tensor.box[2]);
+  int64_t bytes;
+  char* to = box_place(tensor, destination, bytes);
   emulator::wave.copies.push_back([=, &phases] {
-    const int64_t at[5] = {c0, c1, c2, c3, c4};
-    if (base % 1024) emulator::fail("a swizzled box is not aligned to 1024 bytes");
-    const int64_t row_begin = int64_t{c0} * tensor.element_bytes;
-    const int64_t row_end = int64_t{tensor.sizes[0]} * tensor.element_bytes;
-    int64_t rows = 1;
-    for (int i = 1; i < 5; ++i) rows *= tensor.box[i];
-    for (int64_t row = 0; row < rows; ++row) {
-      bool inside = true;
-      const char* source = tensor.data;
-      int64_t rest = row;
-      for (int i = 1; i < 5; ++i) {
-        const int64_t index = at[i] + rest % tensor.box[i];
-        rest /= tensor.box[i];
-        inside &= index >= 0 && index < tensor.sizes[i];
-        source += index * static_cast<int64_t>(tensor.strides[i - 1]);
-      }
-      for (uint32_t piece = 0; piece < tensor.row_bytes / 16; ++piece) {
-        const int64_t offset = row * tensor.row_bytes + 16 * piece;
-        char* own = to + (offset ^ (offset >> 3 & (tensor.row_bytes == 64 ? 0x30 : 0x70)));
-        const int64_t from = row_begin + 16 * piece;
-        if (inside && from >= 0 && from < row_end) {
-          std::memcpy(own, source + from, 16);
-        } else {
-          std::memset(own, 0, 16);
-        }
-      }
-    }
-    phases.bytes -= rows * tensor.row_bytes;
+    for_pieces(tensor, {c0, c1, c2, c3, c4}, [&](int64_t offset, const char* from) {
+      from ? std::memcpy(to + offset, from, 16) : std::memset(to + offset, 0, 16);
+    });
+    phases.bytes -= bytes;
     emulator::end_phase_if_complete(phases);
   });
 }
+
+inline void tensor_store(const CUtensorMap* map, const void* source, int c0, int c1, int c2, int c3,
+                         int c4) {
+  emulator::TensorMap tensor;
+  std::memcpy(&tensor, map, sizeof(tensor));
+  int64_t bytes;
+  const char* from = box_place(tensor, source, bytes);
+  emulator::Thread& thread = *emulator::current;
+  ++thread.stores_begun;
+  emulator::wave.copies.push_back([=, &thread] {
+    for_pieces(tensor, {c0, c1, c2, c3, c4}, [&](int64_t offset, char* to) {
+      if (to) std::memcpy(to, from + offset, 16);
+    });
+    ++thread.stores.round;
+  });
+}
+inline void tensor_store_commit() {
+  emulator::current->stores_committed = emulator::current->stores_begun;
+}
+inline void tensor_store_wait() {
+  emulator::Thread& thread = *emulator::current;
+  while (thread.stores.round < thread.stores_committed) {
+    thread.waits_for = &thread.stores;
+    thread.waits_round = thread.stores.round;
+    if (!_setjmp(thread.at)) _longjmp(emulator::scheduler, 1);
+  }
+}
+inline void tensor_store_wait_read() { tensor_store_wait(); }
 inline void prefetch_tensor_map(const CUtensorMap*) {}
 
 inline void wait_for_previous_kernel() {}

@@ -8,6 +8,8 @@ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(static_cast<const char*>(pointer) - emulator::dynamic_shared());
 }
 
+inline void prefetch_to_l2(const void*) {}
+
 inline void copy_async_16(uint32_t destination, const void* source, bool valid) {
   if (destination % 16 || reinterpret_cast<uintptr_t>(source) % 16)
     emulator::fail("cp.async of 16 bytes is not aligned");
@@ -115,6 +117,15 @@ inline void load_matrices(uint32_t (&r)[4], uint32_t address) {
       return uint32_t{emulated::element(rows, i, lane / 4, 2 * (lane % 4) + j)};
     };
     r[i] = at(0) | at(1) << 16;
+  }
+  emulator::wait(emulator::current->warp->barrier);
+}
+inline void store_matrices(uint32_t address, const uint32_t (&r)[4]) {
+  const auto* rows = emulated::rows(address);
+  const int lane = emulator::current->lane;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t to = rows[8 * i + lane / 4].word[0] + lane % 4 * 4;
+    std::memcpy(emulator::at_shared(to, 4), &r[i], 4);
   }
   emulator::wait(emulator::current->warp->barrier);
 }

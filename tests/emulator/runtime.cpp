@@ -20,7 +20,7 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuui
                                 const cuuint32_t* box, const cuuint32_t* steps,
                                 CUtensorMapInterleave, CUtensorMapSwizzle swizzle,
                                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
-  emulator::TensorMap made{static_cast<const char*>(data)};
+  emulator::TensorMap made{static_cast<char*>(data)};
   made.element_bytes = type == CU_TENSOR_MAP_DATA_TYPE_UINT8 ? 1 : 2;
   made.row_bytes = box[0] * made.element_bytes;
   bool legal = rank == 5 && sizes[0] * made.element_bytes % 16 == 0;
