@@ -142,7 +142,7 @@ def test_last_tiles_split_by_rows(head_dim: int, group: int) -> None:
 
 @pytest.mark.parametrize("requests", [30, 31, 700])
 def test_many_requests(requests: int) -> None:
-    """With two more, as many as a warp counts by itself, one more, and more than a block has threads."""
+    """With two more as many as a warp counts by itself, one more, more than a block has threads."""
     lengths = [(n % 3, n * 7 % 41 + n % 3) for n in range(requests)]
     Batch([*lengths, (70, 90), (1, 700)], 1, 2, 64).check()
 

@@ -476,11 +476,14 @@ def test_compute_sanitizer(tool: str) -> None:
     ours = [] if tool == "initcheck" else ["--kernel-name", "kns=sparsek"]
     # See warp_arrive() in csrc/sm90/barrier.cuh.
     assertions = {"BSK_DEBUG": "1"} if tool == "racecheck" else {}
+    env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", **assertions}
+    # Compiled before: processes that begin under the tool can hang.
+    require = "from sparsek_vllm.core import kernels; kernels.require()"
+    subprocess.run([sys.executable, "-c", require], cwd=root, env=env, check=True)
     done = subprocess.run(
         ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", *ours,
          sys.executable, "-c", SANITIZED],
-        capture_output=True, text=True, cwd=root,
-        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", **assertions},
+        capture_output=True, text=True, cwd=root, env=env,
     )  # fmt: skip
     assert "all launched" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.returncode == 0, done.stdout[-4000:]
