@@ -86,6 +86,9 @@ struct Shape {
   // Places for queries. If there is one, those of a tile arrive when all of the one before have
   // been used.
   static constexpr int kQueryPlaces = kHeadDim > 128 ? 1 : 2;
+  // Whether rows of the output leave by way of their queries' place. (Where it is not, the loop
+  // over keys is compiled otherwise, and is quicker; over 16 bits two warpgroups serve few rows.)
+  static constexpr bool kLeavesByPlace = kQueryPlaces > 1 && (kFp8 ? kHeadDim > 64 : kGroups > 2);
   // Tiles in flight; beside them are the queries, counts of tiles and the rest.
   static constexpr int kStagesThatFit =
       (kSharedBytes - 1024 - 4 * kThreads - kQueryPlaces * 2 * kHeadDim * kBlockM) /
@@ -923,7 +926,7 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
   // Rows that leave by way of their queries' place: that is free once they have been read from it.
   bool leaving = false;
   const auto release_queries = [&] {
-    if (!leaving) return;
+    if (!S::kLeavesByPlace || !leaving) return;
     if (thread_of_group() % 32 == 0) tensor_store_wait_read();
     warp_arrive(&shared.q_empty[q_place.index ^ 1]);
     leaving = false;
@@ -974,41 +977,43 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
       pack_weights();
     }
     release_queries();
+    if (S::kLeavesByPlace || count > 0) {  // ptxas makes other code of the loop than without this
 #pragma unroll 1
-    for (int i = 1; i < count; ++i) {
-      k_place.advance();
-      mbarrier_wait(&shared.k_full[k_place.index], k_place.phase);
-      wgmma_fence();
-      issue_scores();
-      mbarrier_wait(&shared.v_full[v_place.index], v_place.phase);
-      wgmma_fence();
-      issue_values();
-      wgmma_wait<1>();
-      after_wait(scores);
-      if (kAlwaysMaxima) warp_arrive(&shared.k_empty[k_place.index]);
-      const bool masked = mask_if_needed(i);
-      const bool rescale = softmax(masked || kAlwaysMaxima || d.always_maxima);
-      if (kAlwaysMaxima) {
-        before_wait(row_sum[0] + row_sum[1]);  // else the vote on the sums does that
-      } else {
-        warp_arrive(&shared.k_empty[k_place.index]);
-      }
-      wgmma_wait<0>();
-      after_wait(out);
-      warp_arrive(&shared.v_empty[v_place.index]);
-      v_place = k_place;
-      if (rescale) {
+      for (int i = 1; i < count; ++i) {
+        k_place.advance();
+        mbarrier_wait(&shared.k_full[k_place.index], k_place.phase);
+        wgmma_fence();
+        issue_scores();
+        mbarrier_wait(&shared.v_full[v_place.index], v_place.phase);
+        wgmma_fence();
+        issue_values();
+        wgmma_wait<1>();
+        after_wait(scores);
+        if (kAlwaysMaxima) warp_arrive(&shared.k_empty[k_place.index]);
+        const bool masked = mask_if_needed(i);
+        const bool rescale = softmax(masked || kAlwaysMaxima || d.always_maxima);
+        if (kAlwaysMaxima) {
+          before_wait(row_sum[0] + row_sum[1]);  // else the vote on the sums does that
+        } else {
+          warp_arrive(&shared.k_empty[k_place.index]);
+        }
+        wgmma_wait<0>();
+        after_wait(out);
+        warp_arrive(&shared.v_empty[v_place.index]);
+        v_place = k_place;
+        if (rescale) {
 #pragma unroll
-        for (int j = 0; j < kHeadDim / 2; ++j) out[j] *= factor[j / 2 % 2];
+          for (int j = 0; j < kHeadDim / 2; ++j) out[j] *= factor[j / 2 % 2];
+        }
+        pack_weights();
       }
-      pack_weights();
     }
     const int rows = tile.request.rows, q_begin = tile.request.q_begin, kv_head = tile.kv_head;
     const int first_row = tile.row0 + own_row(), lane = thread_of_group() % 32;
     const int piece = tile.piece, pieces = tile.pieces;
     const int number = tile.number, first_part = tile.first_part;
     leaving =
-        S::kQueryPlaces > 1 && d.output_boxes && pieces == 1 && tile.row0 + group_row + 64 <= rows;
+        S::kLeavesByPlace && d.output_boxes && pieces == 1 && tile.row0 + group_row + 64 <= rows;
     if (!leaving) warp_arrive(&shared.q_empty[q_place.index]);
     if (count > 0) {
       mbarrier_wait(&shared.v_full[v_place.index], v_place.phase);
@@ -1127,7 +1132,7 @@ __device__ void compute(const PrefillParams& d, Shared<Shape<KV, kHeadDim, kGrou
       }
     }
   }
-  if (thread_of_group() % 32 == 0) tensor_store_wait();
+  if (S::kLeavesByPlace && thread_of_group() % 32 == 0) tensor_store_wait();
 }
 
 template <typename T, typename KV, int kHeadDim, bool kSoftcap, int kGroups>
@@ -1218,7 +1223,7 @@ cudaError_t launch(PrefillParams& d, cudaStream_t stream) {
   const RowTensor queries{p.q, p.q_stride_token, p.q_stride_head};
   const RowTensor output{p.out, p.out_stride_token, p.out_stride_head};
   d.query_boxes = has_rows_map(queries, p, kHeadDim, 64);
-  d.output_boxes = has_rows_map(output, p, kHeadDim, 16);
+  d.output_boxes = S::kLeavesByPlace && has_rows_map(output, p, kHeadDim, 16);
   if (error == cudaSuccess && d.query_boxes)
     error = make_rows_map<T>(&d.q, queries, p, S::kBlockM, S::kChunks);
   if (error == cudaSuccess && d.output_boxes) error = make_rows_map<T>(&d.out, output, p, 16, 1);
