@@ -163,7 +163,7 @@ __device__ inline void tensor_copy(void* destination, const CUtensorMap* map, ui
       "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
       : "memory");
 }
-// Copies the other way, at some time; the source is read and the box written by then.
+// Copies the other way, at some time: see the waits below.
 __device__ inline void tensor_store(const CUtensorMap* map, const void* source, int c0, int c1,
                                     int c2, int c3, int c4) {
   asm volatile(

@@ -131,11 +131,13 @@ __device__ inline void prefetch_tables(const AttentionParams& p, int lane) {
     if (p.k_starts && i < p.batch) prefetch_to_l2(p.k_starts + i);
   }
   if (!p.block_table) return;
-  // A lane has a line. If there are fewer, several blocks have the same: some begin late.
+  // A lane has a line, the lanes of a block lines from all of the tables, and of few lines several
+  // blocks have the same: some begin late.
   const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
   const int of_table = p.block_divisor(p.max_seqlen_k - 1) / kLine + 1;
   const int of_row = max(1, min(of_table, 32 * blocks / p.batch));
-  const int line = (block + lane * (blocks + 1)) % (of_row * p.batch), row = line / of_row;
+  const int lines = of_row * p.batch, line = (block + lane * ((lines + 31) / 32)) % lines;
+  const int row = line / of_row;
   prefetch_to_l2(p.block_table + row * p.block_table_stride + (line - row * of_row) * kLine);
 }
 

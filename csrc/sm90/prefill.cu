@@ -86,8 +86,8 @@ struct Shape {
   // Places for queries. If there is one, those of a tile arrive when all of the one before have
   // been used.
   static constexpr int kQueryPlaces = kHeadDim > 128 ? 1 : 2;
-  // Whether rows of the output leave by way of their queries' place. (Where it is not, the loop
-  // over keys is compiled otherwise, and is quicker; over 16 bits two warpgroups serve few rows.)
+  // Whether rows of the output leave by way of their queries' place. (Where they do not, the loop
+  // over keys is compiled otherwise and is quicker. One or two warpgroups have few rows to write.)
   static constexpr bool kLeavesByPlace = kQueryPlaces > 1 && (kFp8 ? kHeadDim > 64 : kGroups > 2);
   // Tiles in flight; beside them are the queries, counts of tiles and the rest.
   static constexpr int kStagesThatFit =
@@ -501,8 +501,10 @@ __device__ void load_queries(const PrefillParams& d, Shared<S>& shared, int thre
     Tile<S::kGroups>& tile = shared.tiles[tiles.index];
     if (thread < 32) {
       // Found before its place is free.
-      if (thread == 0)
-        while (!find_tile(d, shared, id, shared.found)) id = next_id();
+      while (thread == 0 && !find_tile(d, shared, id, shared.found)) {
+        if (waits) wait_for_previous_kernel();  // which may still use the counter
+        id = next_id();
+      }
       __syncwarp();
       mbarrier_wait(&shared.q_empty[tiles.index], tiles.phase ^ 1);
       constexpr int kWords = sizeof(tile) / sizeof(int);

@@ -1,4 +1,4 @@
-// How the tensor memory accelerator reads Q, K and V.
+// How the tensor memory accelerator reads Q, K and V, and writes the output.
 #pragma once
 #include <cuda.h>
 
