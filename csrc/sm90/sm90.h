@@ -1,5 +1,6 @@
 // Kernels for Hopper (compiled as sm_90a), for one dtype of queries and output, one of keys and
-// values and one head_dim at a time, which serves shorter heads too; prefill with softcap apart.
+// values and one head_dim at a time, of which prefill's serves shorter heads too; prefill with
+// softcap apart.
 #pragma once
 #include <cuda_runtime.h>
 

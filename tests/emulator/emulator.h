@@ -122,15 +122,20 @@ inline char* at_shared(uint32_t address, size_t bytes) {
   return current->block->shared + address;
 }
 
-inline void wait(Barrier& barrier) {
+// Other threads run until the barrier's round is no longer the one that it is in.
+inline void wait_for_next_round(const Barrier& barrier) {
+  current->waits_for = &barrier;
   current->waits_round = barrier.round;
+  if (!_setjmp(current->at)) _longjmp(scheduler, 1);
+}
+
+inline void wait(Barrier& barrier) {
   if (++barrier.arrived == barrier.expected) {
     barrier.arrived = 0;
     ++barrier.round;
     return;
   }
-  current->waits_for = &barrier;
-  if (!_setjmp(current->at)) _longjmp(scheduler, 1);
+  wait_for_next_round(barrier);
 }
 
 inline void end_phase_if_complete(Phases& phases) {
@@ -141,11 +146,8 @@ inline void end_phase_if_complete(Phases& phases) {
 
 // Waits until the phase of that parity is complete.
 inline void wait(const Phases& phases, int parity) {
-  while (phases.completed.round % 2 == static_cast<uint64_t>(parity)) {
-    current->waits_for = &phases.completed;
-    current->waits_round = phases.completed.round;
-    if (!_setjmp(current->at)) _longjmp(scheduler, 1);
-  }
+  while (phases.completed.round % 2 == static_cast<uint64_t>(parity))
+    wait_for_next_round(phases.completed);
 }
 
 // Goes on when nothing else can, or at once: what the hardware does meanwhile is not known.

@@ -12,6 +12,8 @@ struct TensorMap {
   uint64_t strides[4];
   uint32_t sizes[5], element_bytes, row_bytes;  // the last of a box
   uint16_t box[5];
+
+  int64_t box_rows() const { return int64_t{box[1]} * box[2] * box[3] * box[4]; }
 };
 static_assert(sizeof(TensorMap) <= sizeof(CUtensorMap));
 
@@ -42,10 +44,7 @@ inline void cluster_arrive() {
 }
 inline void cluster_wait() {
   emulator::Barrier& barrier = *emulator::current->block->cluster;
-  if (barrier.round > 0) return;  // (once a launch)
-  emulator::current->waits_for = &barrier;
-  emulator::current->waits_round = 0;
-  if (!_setjmp(emulator::current->at)) _longjmp(emulator::scheduler, 1);
+  if (barrier.round == 0) emulator::wait_for_next_round(barrier);  // (once a launch)
 }
 template <typename T>
 inline void store_async(int rank, T* to, T x, uint64_t* barrier) {
@@ -70,9 +69,7 @@ template <typename F>
 void for_pieces(const emulator::TensorMap& tensor, const int64_t (&at)[5], const F& f) {
   const int64_t row_begin = at[0] * tensor.element_bytes;
   const int64_t row_end = int64_t{tensor.sizes[0]} * tensor.element_bytes;
-  int64_t rows = 1;
-  for (int i = 1; i < 5; ++i) rows *= tensor.box[i];
-  for (int64_t row = 0; row < rows; ++row) {
+  for (int64_t row = 0; row < tensor.box_rows(); ++row) {
     bool inside = true;
     char* start = tensor.data;
     int64_t rest = row;
@@ -93,8 +90,7 @@ void for_pieces(const emulator::TensorMap& tensor, const int64_t (&at)[5], const
 
 // The place of a box in shared memory, and how many bytes it has.
 inline char* box_place(const emulator::TensorMap& tensor, const void* place, int64_t& bytes) {
-  bytes = tensor.row_bytes;
-  for (int i = 1; i < 5; ++i) bytes *= tensor.box[i];
+  bytes = tensor.row_bytes * tensor.box_rows();
   const uint32_t base = shared_address(place);
   if (base % 1024) emulator::fail("a swizzled box is not aligned to 1024 bytes");
   return emulator::at_shared(base, static_cast<size_t>(bytes));
@@ -136,11 +132,8 @@ inline void tensor_store_commit() {
 }
 inline void tensor_store_wait() {
   emulator::Thread& thread = *emulator::current;
-  while (thread.stores.round < thread.stores_committed) {
-    thread.waits_for = &thread.stores;
-    thread.waits_round = thread.stores.round;
-    if (!_setjmp(thread.at)) _longjmp(emulator::scheduler, 1);
-  }
+  while (thread.stores.round < thread.stores_committed)
+    emulator::wait_for_next_round(thread.stores);
 }
 inline void tensor_store_wait_read() { tensor_store_wait(); }
 inline void prefetch_tensor_map(const CUtensorMap*) {}
